@@ -636,6 +636,7 @@ class Runner:
         limits = (runs, int(seconds * 1e9), int(most * 1e9))
         sampler = (every_ns, lambda: environment.append(sample_environment(paths, commands)))
         starts, samples = guarded(measure, model, feeds, limits, sampler)
+        rss_after = peak_rss_kib()
         environment.append(sample_environment(paths, commands))
         return {
             "fresh": fresh,
@@ -648,7 +649,7 @@ class Runner:
             "environment": environment,
             "max_rss_kib_before": rss_before,
             "max_rss_kib_loaded": rss_loaded,
-            "max_rss_kib_after": peak_rss_kib(),
+            "max_rss_kib_after": rss_after,
             "clock": "perf_counter_ns",
             "clock_resolution_ns": round(time.get_clock_info("perf_counter").resolution * 1e9),
         }

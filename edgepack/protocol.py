@@ -1,0 +1,299 @@
+"""The host's side of the device runner's protocol (its format: the docstring of device/runner.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import pydantic
+
+from edgepack.errors import DeviceError
+from edgepack.transports.base import Channel, Transport
+
+RUNNER_PATH = Path(__file__).parent / "device" / "runner.py"
+"""The runner's source, to run here or to copy to a device. Nobody imports it."""
+
+PROBE_TIMEOUT_S = 60.0
+CONTENT_TIMEOUT_S = 600.0
+"""For what reads or writes whole bundles: an SD card writes about 10 MB/s."""
+LOAD_TIMEOUT_S = 600.0
+"""For importing a runtime and loading a model; a compile for an NPU takes minutes."""
+
+FAILURES = ("bad-request", "missing", "runtime", "memory", "storage", "corrupt", "internal")
+
+
+class RunnerError(DeviceError):
+    """The runner answered, and its answer is a failure. `failure` is its kind, one of FAILURES."""
+
+    def __init__(self, message: str, *, failure: str) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model where the runner finds it: all paths are the device's."""
+
+    runtime: str
+    """`onnxruntime` or `openvino`."""
+    lib: str
+    """The folder with the runtime's unpacked wheels; every model of one runner has the same."""
+    files: Mapping[str, str]
+    """`model`, and `weights` where the format has a second file."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandOutput:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a device says about itself, as read; None for what it does not have."""
+
+    python: str
+    implementation: str
+    machine: str
+    system: str
+    bits: int
+    """Of the Python process: 32 also below a 64-bit kernel."""
+    cpus: int
+    """That this process may use."""
+    libc: tuple[str, ...]
+    pid: int
+    cwd: str
+    monotonic_ns: int
+    files: Mapping[str, str | None]
+    commands: Mapping[str, CommandOutput | None]
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobState:
+    present: bool
+    partial_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    bundle: str
+    lib: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inferred:
+    count: int
+    elapsed_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputHealth:
+    """One output against its golden values."""
+
+    sqnr_db: float
+    """300 where both are equal bit for bit, -300 where they cannot be compared."""
+    max_abs_error: float | None
+    """None where shape or type differ or what should be finite is not."""
+    finite: bool
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    passed: bool
+    outputs: Mapping[str, OutputHealth]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOrder:
+    """How long and what to watch meanwhile."""
+
+    warmup: int
+    runs: int
+    seconds: float
+    max_seconds: float
+    sample_files: tuple[str, ...] = ()
+    sample_commands: tuple[tuple[str, ...], ...] = ()
+    sample_every_ms: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentSample:
+    t_ns: int
+    """perf_counter_ns, the clock of the samples' starts."""
+    wall_ns: int
+    raw_ns: int
+    """CLOCK_MONOTONIC_RAW, which nobody adjusts."""
+    files: Mapping[str, str | None]
+    commands: Mapping[str, CommandOutput | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What `bench` gives: raw values, no conclusions."""
+
+    fresh: bool
+    import_ns: int
+    load_ns: int
+    first_ns: int
+    warmup_ns: tuple[int, ...]
+    samples_ns: tuple[int, ...]
+    starts_ns: tuple[int, ...]
+    environment: tuple[EnvironmentSample, ...]
+    max_rss_kib_before: int
+    max_rss_kib_loaded: int
+    max_rss_kib_after: int
+    clock: str
+    clock_resolution_ns: int
+
+
+T = TypeVar("T")
+
+
+class RunnerClient:
+    """One running runner; a context manager that ends it.
+
+    Every call raises RunnerError when the runner reports a failure, and DeviceError when it is gone,
+    does not answer in time or answers nonsense; after that the runner is ended. `patience` stretches
+    every time limit: an emulated device is some twenty times slower.
+    """
+
+    def __init__(self, channel: Channel, *, where: str, patience: float = 1.0) -> None:
+        self._channel = channel
+        self._where = where
+        self._patience = patience
+        self._last_id = 0
+
+    @classmethod
+    def start(cls, transport: Transport, *, python: str, runner: str, patience: float = 1.0) -> RunnerClient:
+        """Start `python -I -S runner` on the device: it sees no site-packages, only the lib folders it is given."""
+        return cls(transport.open([python, "-I", "-S", runner]), where=transport.name, patience=patience)
+
+    def probe(
+        self, files: Sequence[str] = (), commands: Sequence[Sequence[str]] = (), folder: str | None = None
+    ) -> Probe:
+        """What the device is; `files` are globs, `free_bytes` is that of `folder`'s file system."""
+        request = {"files": list(files), "commands": [list(argv) for argv in commands], "folder": folder}
+        return self._ask("probe", request, Probe, PROBE_TIMEOUT_S)
+
+    def blobs(self, folder: str, digests: Mapping[str, int]) -> dict[str, BlobState]:
+        """For each sha256 -> size in bytes: whether it is there and whole, and how much of it is half uploaded."""
+        return self._ask("blobs", {"folder": folder, "digests": dict(digests)}, dict[str, BlobState], CONTENT_TIMEOUT_S)
+
+    def accept(self, folder: str, digest: str, size_bytes: int) -> None:
+        """Check `DIGEST.part` and give it its name. Raises RunnerError (corrupt) and removes it when it is wrong."""
+        request = {"folder": folder, "digest": digest, "bytes": size_bytes}
+        self._ask("accept", request, dict[str, object], CONTENT_TIMEOUT_S)
+
+    def install(self, root: str, blobs: str, manifest: str) -> Installed:
+        """Lay out the bundle whose manifest.json has the sha256 `manifest` from blobs that are there."""
+        request = {"root": root, "blobs": blobs, "manifest": manifest}
+        return self._ask("install", request, Installed, CONTENT_TIMEOUT_S)
+
+    def infer(
+        self,
+        model: ModelRef,
+        feeds: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        fetch: Sequence[str] | None = None,
+        timeout_s: float = 600.0,
+    ) -> Inferred:
+        """Run each .npz of `feeds` once and write its outputs to the .npz of the same place in `outputs`."""
+        request = {"model": asdict(model), "feeds": list(feeds), "outputs": list(outputs), "fetch": _listed(fetch)}
+        return self._ask("infer", request, Inferred, LOAD_TIMEOUT_S + timeout_s)
+
+    def infer_batch(
+        self,
+        model: ModelRef,
+        batch: str,
+        count: int,
+        output: str,
+        *,
+        fetch: Sequence[str] | None = None,
+        timeout_s: float = 600.0,
+    ) -> Inferred:
+        """Run `count` feeds stacked in one .npz ([count, ...one feed...]); outputs are stacked the same way."""
+        request = {"model": asdict(model), "batch": batch, "count": count, "output": output, "fetch": _listed(fetch)}
+        return self._ask("infer", request, Inferred, LOAD_TIMEOUT_S + timeout_s)
+
+    def health(self, model: ModelRef, inputs: str, outputs: str, min_sqnr_db: float) -> Health:
+        """Run the golden inputs and compare with the golden outputs; a failed check is a result, not an error."""
+        request = {"model": asdict(model), "inputs": inputs, "outputs": outputs, "min_sqnr_db": min_sqnr_db}
+        return self._ask("health", request, Health, LOAD_TIMEOUT_S)
+
+    def bench(self, model: ModelRef, inputs: str, order: BenchOrder) -> Measured:
+        """Time single inferences, one after the other. For a true load time and memory, use a fresh runner."""
+        commands = [list(argv) for argv in order.sample_commands]
+        sample = {"files": list(order.sample_files), "commands": commands, "every_ms": order.sample_every_ms}
+        request = {
+            "model": asdict(model),
+            "inputs": inputs,
+            "warmup": order.warmup,
+            "runs": order.runs,
+            "seconds": order.seconds,
+            "max_seconds": order.max_seconds,
+            "sample": sample,
+        }
+        return self._ask("bench", request, Measured, LOAD_TIMEOUT_S + 2 * order.max_seconds)
+
+    def close(self) -> None:
+        """End the runner. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> RunnerClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, verb: str, request: Mapping[str, object], kind: type[T], timeout_s: float) -> T:
+        self._last_id += 1
+        line = json.dumps({"id": self._last_id, "verb": verb, **request}, separators=(",", ":"))
+        try:
+            self._channel.send(line.encode())
+            answer = self._channel.receive(timeout_s * self._patience)
+            return self._read(verb, answer, kind)
+        except RunnerError:
+            raise
+        except BaseException:
+            self.close()  # its next answer would be taken for that of another request
+            raise
+
+    def _read(self, verb: str, line: bytes, kind: type[T]) -> T:
+        where = f"{self._where}: runner, {verb}"
+        try:
+            answer = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise DeviceError(f"{where}: answered {line[:120]!r}; expected a line of JSON") from error
+        if not isinstance(answer, dict) or answer.get("id") != self._last_id:
+            raise DeviceError(f"{where}: answered {line[:120]!r}; expected the answer to request {self._last_id}")
+        if answer.get("ok") is not True:
+            raise _failure(where, answer.get("error"))
+        try:
+            adapter: pydantic.TypeAdapter[T] = pydantic.TypeAdapter(kind)
+            return adapter.validate_python(answer.get("result"))
+        except pydantic.ValidationError as error:
+            raise DeviceError(f"{where}: its answer has another form than expected: {error}") from error
+
+
+def _listed(names: Sequence[str] | None) -> list[str] | None:
+    return None if names is None else list(names)
+
+
+def _failure(where: str, error: Any) -> RunnerError:
+    """The failure that a runner reported; one of a kind that we do not know is its own defect."""
+    fields = error if isinstance(error, dict) else {}
+    kind = str(fields.get("kind"))
+    message = str(fields.get("message", "no reason given"))
+    return RunnerError(f"{where}: {kind}: {message}", failure=kind if kind in FAILURES else "internal")
