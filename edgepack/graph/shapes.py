@@ -1,0 +1,95 @@
+"""Inputs and outputs of a model, and its free dimensions made fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from edgepack.errors import InputError
+from edgepack.spec.load import did_you_mean
+from edgepack.spec.tensor import TensorSpec
+
+
+def inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """What the model must be fed: its inputs less those that have a default value."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return tuple(_spec(value, index_names=True) for value in model.graph.input if value.name not in constants)
+
+
+def outputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(value, index_names=False) for value in model.graph.output)
+
+
+def free_dimensions(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Each free dimension of the inputs, by name, and the inputs (as text) that have it."""
+    found: dict[str, list[str]] = {}
+    for spec in inputs(model):
+        for dimension in spec.shape:
+            if isinstance(dimension, str):
+                found.setdefault(dimension, []).append(str(spec))
+    return found
+
+
+def fix_dimensions(model: onnx.ModelProto, values: Mapping[str, int], where: Path | str) -> onnx.ModelProto:
+    """A copy of the model in which every dimension of every input is a number, and shapes follow from there.
+
+    Raises InputError where a free dimension has no value, or a value has no such dimension.
+    """
+    free = free_dimensions(model)
+    for name in values:
+        if name not in free:
+            known = did_you_mean(name, free) if free else "; this model has no free dimension"
+            raise InputError(f"{where}: there is no free dimension '{name}'{known}")
+    missing = [f"'{name}' (in {', '.join(users)})" for name, users in free.items() if name not in values]
+    if missing:
+        cures = " ".join(f"--dim {name}=1" for name in free if name not in values)
+        raise InputError(
+            f"{where}: no value for the free dimension{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            f"give one under [dimensions] in the project file, or to init as {cures}"
+        )
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in fixed.graph.input:
+        for index, dimension in enumerate(value.type.tensor_type.shape.dim):
+            name = _free_name(dimension) or f"{value.name}.{index}"
+            if name in values and not dimension.dim_value > 0:
+                dimension.dim_value = values[name]
+    for value in fixed.graph.output:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in values:
+                dimension.dim_value = values[dimension.dim_param]
+            elif dimension.dim_param:
+                dimension.ClearField("dim_param")
+    del fixed.graph.value_info[:]
+    try:
+        return onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        raise InputError(
+            f"{where}: shapes do not fit together with {_shown(values)}: {str(error).splitlines()[0]}; "
+            "check the values under [dimensions]"
+        ) from error
+
+
+def _free_name(dimension: onnx.TensorShapeProto.Dimension) -> str:
+    return str(dimension.dim_param)
+
+
+def _shown(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items()) or "the shapes of the file"
+
+
+def _spec(value: onnx.ValueInfoProto, *, index_names: bool) -> TensorSpec:
+    """`index_names`: a free dimension without a name is called INPUT.AXIS, so that it can be given a value."""
+    if not value.type.HasField("tensor_type"):
+        raise InputError(f"'{value.name}' is not a tensor (a sequence, a map or optional); edgepack takes tensors only")
+    kind = value.type.tensor_type
+    shape: list[int | str | None] = []
+    for index, dimension in enumerate(kind.shape.dim):
+        if dimension.dim_value > 0:
+            shape.append(dimension.dim_value)
+        else:
+            shape.append(_free_name(dimension) or (f"{value.name}.{index}" if index_names else None))
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)) if kind.elem_type else "float32"
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(shape))

@@ -1,0 +1,123 @@
+"""Canonical form: shapes fixed, opset new enough for per-channel scales, the graph folded and fused by onnxslim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnxslim
+from onnx import version_converter
+
+from edgepack.errors import InputError, UnsupportedError
+from edgepack.graph.load import serialise
+from edgepack.graph.shapes import fix_dimensions
+from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.spec.project import Project
+from edgepack.spec.target import Target
+from edgepack.store import Json
+
+PER_CHANNEL_OPSET = 13  # QuantizeLinear and DequantizeLinear have `axis` from here on (ONNX operator changelog)
+UPGRADE_TO = 17  # the newest opset that every onnxruntime of toolchains/ and OpenVINO's frontend read
+MAX_RELATIVE_ERROR = 1e-3
+"""Of the largest output value: fusing a BatchNormalization or folding constants only reorders float32 sums.
+
+2^-24 rounding over some thousand terms and some dozen layers stays an order below this.
+"""
+CHECKED_SAMPLES = 4
+
+
+class Canonicalise:
+    name: ClassVar[str] = "canonicalise"
+    version: ClassVar[int] = 1
+    title: ClassVar[str] = "fix shapes, upgrade opset, fold and fuse"
+    toolchain: ClassVar[str | None] = None
+    uses_calibration: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxslim")
+
+    def params_for(self, project: Project, target: Target) -> dict[str, Json]:
+        return {"dimensions": dict(sorted(project.dimensions.items()))}
+
+    def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
+        before = read_onnx(files)
+        refuse_quantised(before)
+        dimensions = params["dimensions"]
+        assert isinstance(dimensions, dict)
+        fixed = fix_dimensions(before, {name: int(str(size)) for name, size in dimensions.items()}, "model")
+        after = simplify(upgrade(fixed))
+        same_interface(fixed, after, self.name)
+        self._ensure_equal(fixed, after, context)
+        path = context.folder / "model.onnx"
+        path.write_bytes(serialise(after))
+        return {"model": path}
+
+    def _ensure_equal(self, before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext) -> None:
+        names = [value.name for value in before.graph.output]
+        pairs = zip(context.activations(before, names), context.activations(after, names), strict=True)
+        for _, (old, new) in zip(range(CHECKED_SAMPLES), pairs, strict=False):
+            for name in names:
+                error = relative_error(old[name], new[name])
+                if error > MAX_RELATIVE_ERROR:
+                    raise PassDefect(
+                        f"{self.name}: output '{name}' is off by {error:.2g} of its range; "
+                        f"at most {MAX_RELATIVE_ERROR:g} is rounding"
+                    )
+
+
+def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
+    """Largest difference as a share of the largest expected value; inf where shapes or NaNs differ."""
+    if expected.shape != found.shape or not np.array_equal(np.isnan(expected), np.isnan(found)):
+        return float("inf")
+    if not expected.size:
+        return 0.0
+    wide, other = np.nan_to_num(expected.astype(np.float64)), np.nan_to_num(found.astype(np.float64))
+    scale = float(np.max(np.abs(wide))) or 1.0
+    return float(np.max(np.abs(wide - other))) / scale
+
+
+def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model at an opset with per-channel quantisation. A model that has it already stays as it is."""
+    if opset_of(model) >= PER_CHANNEL_OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, UPGRADE_TO)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"model: opset {opset_of(model)} cannot be upgraded to {UPGRADE_TO}, which int8 per channel needs: "
+            f"{str(error).splitlines()[0]}; export the model with opset {PER_CHANNEL_OPSET} or newer"
+        ) from error
+
+
+def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants folded, dead nodes dropped, BatchNormalization and Pad fused into Conv (onnxslim)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    slim = onnxslim.slim(copy)
+    assert isinstance(slim, onnx.ModelProto)
+    _name_nodes(slim.graph)
+    slim.producer_name, slim.producer_version, slim.doc_string = "edgepack", "", ""
+    return onnx.shape_inference.infer_shapes(slim, data_prop=True)
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Every node gets a name of its own: plans, caches and reports speak of nodes by name."""
+    taken: set[str] = set()
+    for position, node in enumerate(graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{position}"
+        while node.name in taken:
+            node.name += "_"
+        taken.add(node.name)
+
+
+def refuse_quantised(model: onnx.ModelProto) -> None:
+    """Raises UnsupportedError for a model that somebody quantised already."""
+    kinds = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+    found = sorted(kinds & {node.op_type for node in model.graph.node})
+    if found:
+        raise UnsupportedError(
+            f"model: already quantised (it has {', '.join(found)}); quantising twice loses accuracy twice: "
+            "give the float32 model"
+        )

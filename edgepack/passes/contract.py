@@ -1,0 +1,96 @@
+"""What a compression pass is: a function from model to model with a stated before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgepack.errors import UnsupportedError
+from edgepack.spec.project import Project
+from edgepack.spec.target import Target
+from edgepack.store import Json
+
+Feed = Mapping[str, NDArray[np.generic]]
+
+Activations = Callable[[onnx.ModelProto, Sequence[str]], Iterator[Feed]]
+"""Runs a model over the calibration samples in order; gives the named tensors, one mapping a sample.
+
+The names must be outputs of the model. Which runtime does it is not the pass's business.
+"""
+
+ToolCall = Callable[[str, Mapping[str, Json]], Mapping[str, Json]]
+"""Calls a verb of the pass's toolchain, in that toolchain's own environment; gives its answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassContext:
+    """What a pass may use besides the model."""
+
+    activations: Activations
+    tool: ToolCall
+    calibration_feeds: Callable[[Path], Sequence[Path]]
+    """Writes the calibration samples, one .npz each, into a folder; for tools that read files."""
+    folder: Path
+    """An empty folder for the pass's own files, removed after it."""
+
+
+class Pass(Protocol):
+    """One compression pass. A change of what it computes needs a new `version`: it is in every cache key."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    title: ClassVar[str]
+    """For people: what it does, in a few words."""
+    toolchain: ClassVar[str | None]
+    """The converter it runs in, or None where it is all edgepack's own."""
+    uses_calibration: ClassVar[bool]
+    libraries: ClassVar[tuple[str, ...]]
+    """Python packages whose version changes its result."""
+
+    def params_for(self, project: Project, target: Target) -> dict[str, Json]:
+        """What it takes from project and target, and nothing else: this goes into its cache key."""
+
+    def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
+        """The model's files after the pass, by role (`model`, `weights`); written into `context.folder`.
+
+        Checks what it requires first, and what it ensures last.
+        Raises UnsupportedError where the model cannot be taken, PassDefect where the pass broke its promise.
+        """
+
+
+class PassDefect(AssertionError):
+    """A pass did not keep its contract: a defect of edgepack, never of the model."""
+
+
+def read_onnx(files: Mapping[str, Path]) -> onnx.ModelProto:
+    return onnx.load_model_from_string(files["model"].read_bytes())
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def require_static_inputs(model: onnx.ModelProto, who: str) -> None:
+    """Raises UnsupportedError when an input still has a free dimension."""
+    from edgepack.graph.shapes import free_dimensions
+
+    free = free_dimensions(model)
+    if free:
+        raise UnsupportedError(f"{who}: needs fixed shapes; {', '.join(free)} is free")
+
+
+def same_interface(before: onnx.ModelProto, after: onnx.ModelProto, who: str) -> None:
+    """Raises PassDefect when names or types of inputs or outputs changed."""
+    from edgepack.graph.shapes import inputs, outputs
+
+    for what, look in (("inputs", inputs), ("outputs", outputs)):
+        old = [(spec.name, spec.dtype) for spec in look(before)]
+        new = [(spec.name, spec.dtype) for spec in look(after)]
+        if old != new:
+            raise PassDefect(f"{who}: the model's {what} changed from {old} to {new}")

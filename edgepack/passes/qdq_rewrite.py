@@ -1,0 +1,162 @@
+"""Carries out a QdqPlan: weights become int8 constants, scaled tensors pass a QuantizeLinear and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from edgepack.graph.index import GraphIndex, attributes
+from edgepack.passes.affine import TensorScale, quantise_bias, quantise_weight, weight_scales
+from edgepack.passes.qdq_plan import QdqPlan
+
+WEIGHTED_AXIS = {"Conv": 0, "MatMul": 1}
+PREFIX = "ep:"  # of every name made here, so that none meets one of the model's own
+
+
+def rewrite(
+    model: onnx.ModelProto, plan: QdqPlan, scales: Mapping[str, TensorScale], *, weight_bits: int
+) -> onnx.ModelProto:
+    """A new model; `model` stays as it is. Raises nothing for a plan made from this very model."""
+    return _Rewriter(model, plan, scales, weight_bits).run()
+
+
+class _Rewriter:
+    def __init__(
+        self, model: onnx.ModelProto, plan: QdqPlan, scales: Mapping[str, TensorScale], weight_bits: int
+    ) -> None:
+        self.model, self.plan, self.scales, self.bits = model, plan, scales, weight_bits
+        self.index = GraphIndex(model.graph)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.outputs = {value.name for value in model.graph.output}
+
+    def run(self) -> onnx.ModelProto:
+        for value in self.model.graph.input:
+            if value.name in self.scales:
+                self._pair(value.name, value.name)
+        for node in self.model.graph.node:
+            self._emit(node)
+        out = onnx.ModelProto()
+        out.CopyFrom(self.model)
+        del out.graph.node[:], out.graph.value_info[:]
+        out.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input} | {n for g in _bodies(self.nodes) for n in g}
+        kept = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
+        del out.graph.initializer[:]
+        out.graph.initializer.extend([*kept, *self.constants.values()])
+        return out
+
+    def _emit(self, node: onnx.NodeProto) -> None:
+        if node.name in self.plan.absorbed:
+            # What it read now comes out of the pair behind it, under its own output's name.
+            return
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        quantised = node.name in self.plan.nodes
+        for position, name in enumerate(node.input):
+            if name in self.scales and (quantised or self._made_in_integers(name)):
+                copy.input[position] = _float_name(name)
+        if quantised and node.op_type in ("Conv", "Gemm", "MatMul"):
+            self._quantise_weights(node, copy)
+        end = self._end(node)
+        copy.output[0] = _raw_name(end) if end in self.scales and end in self.outputs else copy.output[0]
+        self.nodes.append(copy)
+        for name in [end, *node.output[1:]]:
+            if name in self.scales:
+                self._pair(name, str(copy.output[0]) if name == end else name)
+
+    def _made_in_integers(self, name: str) -> bool:
+        """True where `name` comes out of an int8 node: floats must read its rounded value too, else it is not fused."""
+        producer = self.index.producer.get(name)
+        return producer is not None and (producer.name in self.plan.nodes or producer.name in self.plan.absorbed)
+
+    def _end(self, node: onnx.NodeProto) -> str:
+        """The tensor that carries the scale of this node's first output: its own, or its absorbed reader's."""
+        reader = self.index.sole_reader(node.output[0])
+        if reader is not None and reader.name in self.plan.absorbed:
+            return str(reader.output[0])
+        return str(node.output[0])
+
+    def _pair(self, name: str, made: str) -> None:
+        """QuantizeLinear and DequantizeLinear from `made` to the float name of `name`."""
+        scale = self.scales[name]
+        source = self.plan.source(name)
+        s = self._constant(f"{PREFIX}{source}.scale", np.asarray(scale.scale, np.float32))
+        z = self._constant(f"{PREFIX}{source}.zero", np.asarray(scale.zero_point, scale.dtype))
+        out = name if name in self.outputs and name in self.index.producer else _float_name(name)
+        quantised = f"{PREFIX}{name}.q"
+        self._node("QuantizeLinear", [made, s, z], quantised, f"{PREFIX}{name}.quantise")
+        self._node("DequantizeLinear", [quantised, s, z], out, f"{PREFIX}{name}.dequantise")
+        if out != _float_name(name) and name in self.index.readers:
+            self._node("Identity", [out], _float_name(name), f"{PREFIX}{name}.identity")
+
+    def _quantise_weights(self, node: onnx.NodeProto, copy: onnx.NodeProto) -> None:
+        weight = np.asarray(self.index.constant(node.input[1]), np.float32)
+        bias = self.index.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        row = None if bias is None else np.asarray(bias, np.float32).reshape(-1)
+        axis = _channel_axis(node)
+        input_scale = float(self.scales[node.input[0]].scale)
+        fused_bias = row if node.op_type != "MatMul" else None
+        scales = weight_scales(weight, axis, self.bits, bias=fused_bias, input_scale=input_scale)
+        integers = quantise_weight(weight, scales, axis, self.bits).integers
+        base = f"{PREFIX}{node.name}.weight"
+        q = self._constant(base, integers)
+        s = self._constant(f"{base}.scale", scales)
+        z = self._constant(f"{base}.zero", np.zeros(len(scales), np.int8))
+        copy.input[1] = f"{base}.f"
+        self._node("DequantizeLinear", [q, s, z], copy.input[1], f"{base}.dequantise", axis=axis)
+        if row is not None:
+            self._quantise_bias(node, copy, row, scales, input_scale)
+
+    def _quantise_bias(
+        self,
+        node: onnx.NodeProto,
+        copy: onnx.NodeProto,
+        bias: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        input_scale: float,
+    ) -> None:
+        base = f"{PREFIX}{node.name}.bias"
+        wide = scales * np.float32(input_scale)  # float32, as the kernels multiply them
+        q = self._constant(base, quantise_bias(bias, wide.astype(np.float64)))
+        s = self._constant(f"{base}.scale", wide)
+        z = self._constant(f"{base}.zero", np.zeros(len(wide), np.int32))
+        copy.input[2] = f"{base}.f"
+        self._node("DequantizeLinear", [q, s, z], copy.input[2], f"{base}.dequantise", axis=0)
+
+    def _node(self, kind: str, reads: list[str], makes: str, name: str, **given: int) -> None:
+        self.nodes.append(helper.make_node(kind, reads, [makes], name=name, **given))
+
+    def _constant(self, name: str, value: NDArray[np.generic]) -> str:
+        self.constants.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """The axis of a weight that counts output channels."""
+    if node.op_type == "Gemm":
+        return 0 if attributes(node).get("transB", 0) else 1
+    return WEIGHTED_AXIS[node.op_type]
+
+
+def _float_name(name: str) -> str:
+    return f"{PREFIX}{name}.f"
+
+
+def _raw_name(name: str) -> str:
+    return f"{PREFIX}{name}.raw"
+
+
+def _bodies(nodes: list[onnx.NodeProto]) -> list[list[str]]:
+    """Names read inside If, Loop and Scan bodies."""
+    found: list[list[str]] = []
+    for node in nodes:
+        for attribute in node.attribute:
+            for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                found.append([name for inner in graph.node for name in inner.input])
+                found += _bodies(list(graph.node))
+    return found
