@@ -1,0 +1,204 @@
+"""What the machine did while it was measured: which files to sample there, and what they say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from edgepack.protocol import EnvironmentSample
+
+SAMPLE_FILES = (
+    "/proc/stat",
+    "/proc/self/stat",
+    "/proc/self/status",
+    "/proc/loadavg",
+    "/proc/pressure/memory",
+    "/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq",
+    "/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+    "/sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count",
+    "/sys/class/thermal/thermal_zone*/temp",
+    "/sys/class/power_supply/*/online",
+)
+SAMPLE_COMMANDS = (("vcgencmd", "get_throttled"),)
+"""Only where the probe found them: a program that is not there costs a fork at every sample."""
+
+TICKS_PER_S = 100
+"""USER_HZ, the unit of /proc/stat on every architecture that we ship to (proc(5))."""
+MIN_TICKS = 50
+"""Below half a second of one processor, shares of its time are rounding."""
+
+THROTTLE_BITS: Mapping[int, str] = {
+    0: "under-voltage",
+    1: "frequency capped",
+    2: "throttled",
+    3: "soft temperature limit",
+}
+"""Raspberry Pi documentation, vcgencmd get_throttled; bit 16 + n says that n has occurred since boot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """One run's surroundings, from the end of the warm-up to the end of the run.
+
+    None, or an empty tuple, is "could not be read there", never "nothing happened".
+    """
+
+    duration_s: float
+    frequencies_mhz: tuple[float, ...] = ()
+    """The fastest processor's, sample by sample."""
+    governors: tuple[str, ...] = ()
+    temperatures_c: tuple[float, ...] = ()
+    """The hottest zone's, sample by sample."""
+    throttled: tuple[str, ...] | None = None
+    """What held the processor back during the run, by name; () is nothing."""
+    load_before: float | None = None
+    """/proc/loadavg of one minute, before the runtime was loaded: the load by others."""
+    others_cpus: float | None = None
+    """Processors kept busy by other processes, on average."""
+    own_cpus: float | None = None
+    """Processors that the runner kept busy, on average."""
+    steal_share: float | None = None
+    """Of all processor time, what the hypervisor gave to others."""
+    preemptions_per_s: float | None = None
+    """Involuntary context switches of the measuring thread."""
+    memory_stalled_share: float | None = None
+    """Of the time, how much some task waited for memory."""
+    on_battery: bool | None = None
+    clock_step_ms: float = 0.0
+    """How far the wall clock moved against the monotonic one."""
+    clock_drift_ppm: float = 0.0
+    """Of the measuring clock against the raw one."""
+
+    def unobserved(self) -> tuple[str, ...]:
+        """What this machine did not let us see."""
+        seen = {
+            "frequency": bool(self.frequencies_mhz),
+            "governor": bool(self.governors),
+            "temperature": bool(self.temperatures_c),
+            "throttling": self.throttled is not None,
+            "load by others": self.others_cpus is not None,
+            "steal": self.steal_share is not None,
+            "context switches": self.preemptions_per_s is not None,
+            "memory pressure": self.memory_stalled_share is not None,
+            "power source": self.on_battery is not None,
+        }
+        return tuple(name for name, found in seen.items() if not found)
+
+
+def read_environment(samples: Sequence[EnvironmentSample]) -> Environment:
+    """The surroundings from the runner's samples: the first is before loading, the second after the warm-up."""
+    window = samples[1:] if len(samples) > 2 else samples
+    first, last = window[0], window[-1]
+    elapsed_ns = max(last.t_ns - first.t_ns, 1)
+    others, own, steal = _processor_time(first, last, elapsed_ns)
+    online = list(_texts([last], "/sys/class/power_supply/"))
+    return Environment(
+        duration_s=elapsed_ns / 1e9,
+        frequencies_mhz=_maxima(window, "/cpufreq/scaling_cur_freq", 1e-3),  # kHz
+        governors=tuple(sorted({text.strip() for text in _texts(window, "/cpufreq/scaling_governor")})),
+        temperatures_c=_maxima(window, "/class/thermal/", 1e-3),  # millidegrees
+        throttled=_throttled(window),
+        load_before=_number(r"^([\d.]+)", samples[0].files.get("/proc/loadavg")),
+        others_cpus=others,
+        own_cpus=own,
+        steal_share=steal,
+        preemptions_per_s=_rate(first, last, "/proc/self/status", r"^nonvoluntary_ctxt_switches:\s*(\d+)"),
+        memory_stalled_share=_share(_rate(first, last, "/proc/pressure/memory", r"^some .*total=(\d+)")),
+        on_battery=all(text.strip() == "0" for text in online) if online else None,
+        clock_step_ms=((last.wall_ns - first.wall_ns) - (last.t_ns - first.t_ns)) / 1e6,
+        clock_drift_ppm=((last.t_ns - first.t_ns) / max(last.raw_ns - first.raw_ns, 1) - 1) * 1e6,
+    )
+
+
+def _texts(samples: Iterable[EnvironmentSample], part: str) -> Iterable[str]:
+    for sample in samples:
+        yield from (text for path, text in sample.files.items() if part in path and text is not None)
+
+
+def _number(pattern: str, text: str | None) -> float | None:
+    found = re.search(pattern, text or "", re.M)
+    return float(found.group(1)) if found else None
+
+
+def _maxima(samples: Iterable[EnvironmentSample], part: str, scale: float) -> tuple[float, ...]:
+    """The largest of a kind of file in each sample that has one; a sensor's own nonsense (below 0) is left out."""
+    found = []
+    for sample in samples:
+        values = [int(text) for text in _texts([sample], part) if text.strip().isdigit()]
+        if values:
+            found.append(max(values) * scale)
+    return tuple(found)
+
+
+def _rate(first: EnvironmentSample, last: EnvironmentSample, path: str, pattern: str) -> float | None:
+    """How fast a counter in `path` rose, per second."""
+    begin, end = _number(pattern, first.files.get(path)), _number(pattern, last.files.get(path))
+    seconds = (last.t_ns - first.t_ns) / 1e9
+    return None if begin is None or end is None or seconds <= 0 else (end - begin) / seconds
+
+
+def _share(microseconds_per_s: float | None) -> float | None:
+    return None if microseconds_per_s is None else microseconds_per_s / 1e6
+
+
+def _processor_time(
+    first: EnvironmentSample, last: EnvironmentSample, elapsed_ns: int
+) -> tuple[float | None, float | None, float | None]:
+    """(processors busy with others, processors busy with us, share stolen), on average over the window."""
+    begin, end = (_ticks(sample.files.get("/proc/stat")) for sample in (first, last))
+    own_begin, own_end = (_own_ticks(sample.files.get("/proc/self/stat")) for sample in (first, last))
+    ticks = elapsed_ns / 1e9 * TICKS_PER_S
+    if ticks < MIN_TICKS:
+        return None, None, None
+    own = None if own_begin is None or own_end is None else (own_end - own_begin) / ticks
+    if begin is None or end is None:
+        return None, own, None
+    spent = [b - a for a, b in zip(begin, end, strict=True)]
+    user, nice, system, idle, iowait, irq, softirq, steal = spent
+    total = sum(spent)
+    if total < MIN_TICKS:
+        return None, own, None
+    others = None if own is None else max((user + nice + system + irq + softirq) / ticks - own, 0.0)
+    return others, own, steal / (total if idle + iowait >= 0 else 1)
+
+
+def _ticks(stat: str | None) -> list[int] | None:
+    """user nice system idle iowait irq softirq steal of all processors (proc(5), /proc/stat)."""
+    found = re.match(r"cpu +((?:\d+ ?){8,})", stat or "")
+    return [int(word) for word in found.group(1).split()[:8]] if found else None
+
+
+def _own_ticks(stat: str | None) -> int | None:
+    """utime + stime, fields 14 and 15 of /proc/self/stat; the name before them may hold anything."""
+    fields = (stat or "").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]) if len(fields) > 12 else None
+
+
+def _throttled(window: Sequence[EnvironmentSample]) -> tuple[str, ...] | None:
+    readers: tuple[Callable[[Sequence[EnvironmentSample]], list[str] | None], ...] = (_pi_throttled, _intel_throttled)
+    found = [names for names in (read(window) for read in readers) if names is not None]
+    return tuple(dict.fromkeys(name for names in found for name in names)) if found else None
+
+
+def _pi_throttled(window: Sequence[EnvironmentSample]) -> list[str] | None:
+    """Bits set at any sample, and bits of the past that were not yet set at the first sample."""
+    outputs = [sample.commands.get(" ".join(SAMPLE_COMMANDS[0])) for sample in window]
+    found = [re.search(r"throttled=0x([0-9a-fA-F]+)", output.stdout) for output in outputs if output is not None]
+    bits = [int(match.group(1), 16) for match in found if match]
+    if not bits:
+        return None
+    ever = 0
+    for value in bits:
+        ever |= value & 0xF | ((value & ~bits[0]) >> 16) & 0xF
+    return [name for bit, name in THROTTLE_BITS.items() if ever >> bit & 1]
+
+
+def _intel_throttled(window: Sequence[EnvironmentSample]) -> list[str] | None:
+    """Counters of thermal throttling that rose (Linux, Documentation/ABI/testing/sysfs-devices-system-cpu)."""
+    first, last = window[0].files, window[-1].files
+    counters = [p for p, text in first.items() if "/thermal_throttle/" in p and text and text.strip().isdigit()]
+    if not counters:
+        return None
+    rose = any(int(last.get(path) or 0) > int(first[path] or 0) for path in counters)
+    return ["thermal throttling"] if rose else []

@@ -1,0 +1,142 @@
+"""Bring a bundle onto a device: content-addressed, resumed where it broke off, nothing twice."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepack.bundle.bundle import Bundle
+from edgepack.bundle.manifest import MANIFEST
+from edgepack.errors import DeviceError
+from edgepack.protocol import RUNNER_PATH, Installed, RunnerClient, RunnerError
+from edgepack.store import digest_file
+from edgepack.transports.base import Transport
+
+ROOT = ".edgepack"
+"""Below the login's home folder: blobs/, bundles/ and runtimes/."""
+UNPACKED_PER_WHEEL_BYTE = 4
+"""onnxruntime 1.32.0 unpacks to 2.7 times its wheel, numpy 2.4.6 to 3.6, openvino 2026.4.1 to 3.0."""
+
+UploadProgress = Callable[[str, int, int], None]
+"""Called with (path in the bundle, bytes done, bytes in all)."""
+
+PREPARE = """import hashlib, os, sys
+folder, digest = sys.argv[1:]
+os.makedirs(folder, exist_ok=True)
+path = os.path.join(folder, digest)
+def whole(name):
+    return os.path.isfile(name) and hashlib.sha256(open(name, "rb").read()).hexdigest() == digest
+if not whole(path) and whole(path + ".part"):
+    os.replace(path + ".part", path)
+print("present" if whole(path) else "absent", os.path.abspath(folder))
+"""
+"""What the runner does for every other blob, for the runner's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where things are on the device."""
+
+    root: str
+    """Absolute."""
+    blobs: str
+    runner: str
+
+
+def place_runner(transport: Transport, python: str, *, root: str = ROOT, runner: Path = RUNNER_PATH) -> Place:
+    """Upload the runner by its digest unless it is there. Raises DeviceError."""
+    digest, blobs = digest_file(runner), f"{root}/blobs"
+    state, folder = _prepare(transport, python, blobs, digest)
+    if state == "absent":
+        transport.put(runner, f"{folder}/{digest}.part")
+        state, folder = _prepare(transport, python, blobs, digest)
+    if state != "present":
+        raise DeviceError(f"{transport.name}: the runner did not arrive whole in {folder}; is the disk full?")
+    return Place(root=folder.removesuffix("/blobs"), blobs=folder, runner=f"{folder}/{digest}")
+
+
+def _prepare(transport: Transport, python: str, blobs: str, digest: str) -> tuple[str, str]:
+    argv = [python, "-I", "-S", "-c", PREPARE, blobs, digest]
+    done = transport.run(argv, timeout_s=300.0 if transport.emulated else 60.0)
+    state, _, folder = done.stdout.decode("utf-8", "replace").strip().partition(" ")
+    if done.exit_code != 0 or not folder:
+        reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1]
+        raise DeviceError(f"{transport.name}: cannot prepare {blobs}: {reason}")
+    return state, folder
+
+
+def install_bundle(
+    bundle: Bundle,
+    transport: Transport,
+    runner: RunnerClient,
+    place: Place,
+    *,
+    say: Callable[[str], None],
+    progress: UploadProgress | None = None,
+) -> Installed:
+    """Upload what the device lacks and lay the bundle out there.
+
+    Raises DeviceError for a full disk, a broken connection or content that does not arrive whole.
+    """
+    entries = {entry.sha256: (path, entry.bytes) for path, entry in bundle.manifest.files.items()}
+    entries[bundle.digest] = (MANIFEST, len(bundle.manifest_bytes))
+    states = runner.blobs(place.blobs, {digest: size for digest, (_, size) in entries.items()})
+    missing = {digest: entries[digest] for digest, state in states.items() if not state.present}
+    if missing:
+        _check_space(bundle, transport, runner, place=place, missing=missing)
+        total_mib = sum(size for _, size in missing.values()) / 2**20
+        say(f"uploading {len(missing)} of {len(entries)} files, {total_mib:.1f} MiB")
+    for digest, (path, size) in missing.items():
+        partial, item = states[digest].partial_bytes, (digest, path, size)
+        _upload(bundle, transport, runner, place=place, item=item, partial_bytes=partial, progress=progress)
+    return runner.install(place.root, place.blobs, bundle.digest)
+
+
+def _check_space(
+    bundle: Bundle, transport: Transport, runner: RunnerClient, *, place: Place, missing: Mapping[str, tuple[str, int]]
+) -> None:
+    wheels = set(bundle.manifest.runtime.wheels)
+    needed = sum(size * (1 + UNPACKED_PER_WHEEL_BYTE * (path in wheels)) for path, size in missing.values())
+    free = runner.probe(folder=place.root).free_bytes
+    if free is not None and free < needed:
+        raise DeviceError(
+            f"{transport.name}: {free / 2**20:.1f} MiB free where {place.root} is; the bundle needs about "
+            f"{needed / 2**20:.1f} there, unpacked; free some (old bundles are below {place.root})"
+        )
+
+
+def _upload(
+    bundle: Bundle,
+    transport: Transport,
+    runner: RunnerClient,
+    *,
+    place: Place,
+    item: tuple[str, str, int],
+    partial_bytes: int,
+    progress: UploadProgress | None,
+) -> None:
+    """One file; what is there of it already is kept, and sent anew if it turns out to be something else."""
+    digest, path, size = item
+    with tempfile.TemporaryDirectory(prefix="edgepack-upload-") as folder:
+        if path == MANIFEST:
+            local = Path(folder, MANIFEST)
+            local.write_bytes(bundle.manifest_bytes)
+        else:
+            local = bundle.extract(path, Path(folder))
+        report = None if progress is None else _named(progress, path)
+        offset = partial_bytes if partial_bytes <= size else 0
+        if offset < size or size == 0:
+            transport.put(local, f"{place.blobs}/{digest}.part", offset=offset, progress=report)
+        try:
+            runner.accept(place.blobs, digest, size)
+        except RunnerError as error:
+            if error.failure != "corrupt" or offset == 0:
+                raise
+            transport.put(local, f"{place.blobs}/{digest}.part", progress=report)
+            runner.accept(place.blobs, digest, size)
+
+
+def _named(progress: UploadProgress, path: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(path, done, total)

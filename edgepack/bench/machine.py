@@ -1,0 +1,212 @@
+"""First contact and probe: is this device the one that the bundle was built for?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from edgepack.bundle.bundle import Bundle
+from edgepack.bundle.manifest import Requires
+from edgepack.errors import DeviceError, UnsupportedError
+from edgepack.protocol import Probe
+from edgepack.transports.base import Transport
+
+CONTACT_TIMEOUT_S = 30.0
+
+CONTACT = r"""
+echo "machine=$(uname -m)"; echo "kernel=$(uname -sr)"
+sed -n -e 's/^ID=/os_id=/p' -e 's/^VERSION_ID=/os_version=/p' /etc/os-release 2>/dev/null
+for name in "$1" python3 "/usr/bin/$1" /usr/bin/python3; do
+  path=$(command -v "$name") || continue
+  found=$("$path" -I -S -c "$2" 2>/dev/null) || continue
+  echo "python=$path $found"
+  case $found in "${1#python}".*) break ;; esac
+done
+exit 0
+"""
+"""POSIX sh: $1 is the interpreter that the bundle wants, $2 what it is asked. No file is read or written but these."""
+
+ASK_PYTHON = """import os, struct, sys
+names = getattr(os, "confstr_names", {})
+libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in names else None
+print("%d.%d.%d" % sys.version_info[:3], struct.calcsize("P") * 8, (libc or "unknown").replace(" ", "-"))
+"""
+
+SPELLINGS = {"arm64": "aarch64", "amd64": "x86_64", "armv8l": "armv7l"}
+BELOW_64_BIT_KERNEL = {"aarch64": "armv7l", "x86_64": "i686"}
+"""Raspberry Pi OS runs 32-bit programs on a 64-bit kernel; what counts is what Python was built for."""
+
+PROBE_FILES = (
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/device-tree/model",
+    "/etc/os-release",
+    "/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+)
+PROBE_COMMANDS = (("uname", "-sr"), ("vcgencmd", "get_throttled"))
+
+ARM_PARTS = {
+    "0xd03": "Cortex-A53",
+    "0xd04": "Cortex-A35",
+    "0xd05": "Cortex-A55",
+    "0xd07": "Cortex-A57",
+    "0xd08": "Cortex-A72",
+    "0xd09": "Cortex-A73",
+    "0xd0a": "Cortex-A75",
+    "0xd0b": "Cortex-A76",
+    "0xd40": "Neoverse-V1",
+    "0xd41": "Cortex-A78",
+    "0xd0c": "Neoverse-N1",
+}
+"""PartNum of MIDR_EL1 where the implementer is Arm, 0x41 (each core's technical reference manual)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contact:
+    """What a device says before anything is put on it."""
+
+    machine: str
+    """As `uname -m`, but armv7l where Python is a 32-bit ARM program."""
+    python: str
+    """Path of the interpreter that fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The device of a result; None for what could not be read."""
+
+    name: str
+    machine: str
+    board: str | None
+    cpu_model: str | None
+    cpus: int
+    memory_mib: int | None
+    os: str | None
+    kernel: str | None
+    python: str
+    libc: str
+    governors: tuple[str, ...]
+    has_vcgencmd: bool
+    cpu_flags: frozenset[str]
+
+
+def make_contact(bundle: Bundle, transport: Transport) -> Contact:
+    """Find the device's architecture and interpreter with one line of shell.
+
+    Raises UnsupportedError where the device cannot run the bundle, DeviceError where it cannot be reached.
+    """
+    requires = bundle.manifest.requires
+    argv = ["sh", "-c", CONTACT, "sh", f"python{requires.python}", ASK_PYTHON]
+    done = transport.run(argv, timeout_s=CONTACT_TIMEOUT_S * (10 if transport.emulated else 1))
+    lines = [line.partition("=") for line in done.stdout.decode("utf-8", "replace").splitlines()]
+    said = {key: value.strip().strip('"') for key, _, value in lines}
+    if done.exit_code != 0 or not said.get("machine"):
+        stderr = done.stderr.decode("utf-8", "replace").strip()[-500:]
+        raise DeviceError(f"{transport.name}: no POSIX shell there? exit code {done.exit_code}: {stderr}")
+    pythons = [value.split() for key, _, value in lines if key == "python"]
+    fitting = [words for words in pythons if words[1].startswith(f"{requires.python}.")]
+    machine = SPELLINGS.get(said["machine"], said["machine"])
+    if any(words[2] == "32" for words in fitting or pythons):
+        machine = BELOW_64_BIT_KERNEL.get(machine, machine)
+    _check_architecture(bundle, transport.name, machine)
+    system = f"{said.get('os_id', 'unknown')}-{said.get('os_version', '')}".rstrip("-")
+    if not fitting:
+        raise UnsupportedError(f"{transport.name}: {_python_is_wrong(requires, pythons, system)}")
+    _check_libc(requires, transport.name, fitting[0][3], system)
+    return Contact(machine=machine, python=fitting[0][0])
+
+
+def _check_architecture(bundle: Bundle, where: str, machine: str) -> None:
+    target = bundle.manifest.target
+    if machine != target.machine:
+        raise UnsupportedError(
+            f"{where}: the device is {machine}; {bundle.path.name} was built for {target.machine} ({target.name}); "
+            f"build for a target of that architecture (`edgepack targets list`), or choose another device"
+        )
+
+
+def _python_is_wrong(requires: Requires, pythons: list[list[str]], system: str) -> str:
+    wanted = f"the bundle was built for {requires.os_name} and needs Python {requires.python}"
+    named = {f"{each.id}-{each.version_id}" for each in requires.os_ids}
+    if system in named:
+        cure = f"install it there: apt install python{requires.python}"
+    else:
+        cure = f"build the bundle for this system with --os ({system}), or install python{requires.python} there"
+    found = ", ".join(sorted({words[1] for words in pythons}))
+    return f"{f'Python {found}' if found else 'no python3'} on {system}; {wanted}; {cure}"
+
+
+def _check_libc(requires: Requires, where: str, libc: str, system: str) -> None:
+    found = re.fullmatch(r"glibc-(\d+)\.(\d+).*", libc)
+    wanted = tuple(int(part) for part in requires.glibc.split("."))
+    if not found or (int(found.group(1)), int(found.group(2))) < wanted:
+        raise UnsupportedError(
+            f"{where}: C library {libc} on {system}; the runtime in the bundle needs glibc {requires.glibc}; "
+            f"build it for this system with --os, or run {requires.os_name} on the device"
+        )
+
+
+def read_machine(transport: Transport, contact: Contact, probe: Probe) -> Machine:
+    """The device from what the runner's probe read there."""
+    cpuinfo = probe.files.get("/proc/cpuinfo") or ""
+    os_release = dict(_pairs(probe.files.get("/etc/os-release") or "", "="))
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", probe.files.get("/proc/meminfo") or "", re.M)
+    board = (probe.files.get("/proc/device-tree/model") or "").strip("\0\n ")
+    kernel = probe.commands.get("uname -sr")
+    governors = {text.strip() for path, text in probe.files.items() if "/cpufreq/" in path and text}
+    return Machine(
+        name=transport.name,
+        machine=contact.machine,
+        board=board or None,
+        cpu_model=_cpu_model(cpuinfo),
+        cpus=probe.cpus,
+        memory_mib=int(memory.group(1)) // 1024 if memory else None,
+        os=os_release.get("PRETTY_NAME"),
+        kernel=kernel.stdout.strip() if kernel else None,
+        python=probe.python,
+        libc=" ".join(probe.libc),
+        governors=tuple(sorted(governors)),
+        has_vcgencmd=probe.commands.get("vcgencmd get_throttled") is not None,
+        cpu_flags=_cpu_flags(cpuinfo),
+    )
+
+
+def check_machine(bundle: Bundle, machine: Machine) -> tuple[str, ...]:
+    """Raises UnsupportedError when instructions are missing; gives what else differs from the target, as notes."""
+    target = bundle.manifest.target
+    if not machine.cpu_flags:
+        return (
+            f"the processor's instructions could not be read; {target.name} asks for {', '.join(target.cpu_flags)}",
+        )
+    missing = [flag for flag in target.cpu_flags if flag not in machine.cpu_flags]
+    if missing:
+        raise UnsupportedError(
+            f"{machine.name}: {machine.cpu_model or 'its processor'} lacks {', '.join(missing)}; "
+            f"{bundle.path.name} was built for {target.name} ({target.cpu_model}); "
+            f"build for a target whose instructions it has (`edgepack targets list`)"
+        )
+    if target.memory_mib is not None and machine.memory_mib is not None and machine.memory_mib < target.memory_mib // 2:
+        return (f"{machine.memory_mib} MiB of memory; {target.name} has {target.memory_mib}",)
+    return ()
+
+
+def _pairs(text: str, separator: str) -> Iterable[tuple[str, str]]:
+    for line in text.splitlines():
+        key, found, value = line.partition(separator)
+        if found:
+            yield key.strip(), value.strip().strip('"')
+
+
+def _cpu_flags(cpuinfo: str) -> frozenset[str]:
+    """Those of the first processor: x86 calls the line `flags`, ARM `Features`."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _cpu_model(cpuinfo: str) -> str | None:
+    """`model name` on x86; on ARM the kinds of core, which a big.LITTLE board has several of."""
+    parts = dict.fromkeys(value for key, value in _pairs(cpuinfo, ":") if key == "CPU part")
+    if parts:
+        return " + ".join(ARM_PARTS.get(part, f"ARM part {part}") for part in parts)
+    return next((value for key, value in _pairs(cpuinfo, ":") if key == "model name"), None)
