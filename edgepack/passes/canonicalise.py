@@ -55,8 +55,8 @@ class Canonicalise:
 
     def _ensure_equal(self, before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext) -> None:
         names = [value.name for value in before.graph.output]
-        pairs = zip(context.activations(before, names), context.activations(after, names), strict=True)
-        for _, (old, new) in zip(range(CHECKED_SAMPLES), pairs, strict=False):
+        runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
+        for old, new in zip(*runs, strict=True):
             for name in names:
                 error = relative_error(old[name], new[name])
                 if error > MAX_RELATIVE_ERROR:

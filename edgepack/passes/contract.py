@@ -18,14 +18,14 @@ from edgepack.store import Json
 
 Feed = Mapping[str, NDArray[np.generic]]
 
-Activations = Callable[[onnx.ModelProto, Sequence[str]], Iterator[Feed]]
-"""Runs a model over the calibration samples in order; gives the named tensors, one mapping a sample.
+Activations = Callable[[onnx.ModelProto, Sequence[str], int | None], Iterator[Feed]]
+"""Runs a model over the first so many calibration samples (None: all); gives the named tensors, a mapping a sample.
 
 The names must be outputs of the model. Which runtime does it is not the pass's business.
 """
 
-ToolCall = Callable[[str, Mapping[str, Json]], Mapping[str, Json]]
-"""Calls a verb of the pass's toolchain, in that toolchain's own environment; gives its answer."""
+ToolCall = Callable[[Mapping[str, Json]], Mapping[str, Json]]
+"""Sends a request to the pass's toolchain, which runs in an environment of its own; gives its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class PassContext:
 
     activations: Activations
     tool: ToolCall
-    calibration_feeds: Callable[[Path], Sequence[Path]]
-    """Writes the calibration samples, one .npz each, into a folder; for tools that read files."""
+    feed_files: Callable[[int], Sequence[Path]]
+    """Writes the first so many calibration samples, one .npz each, and gives their paths; for tools that read files."""
     folder: Path
     """An empty folder for the pass's own files, removed after it."""
 

@@ -128,8 +128,11 @@ class _Rewriter:
         copy.input[2] = f"{base}.f"
         self._node("DequantizeLinear", [q, s, z], copy.input[2], f"{base}.dequantise", axis=0)
 
-    def _node(self, kind: str, reads: list[str], makes: str, name: str, **given: int) -> None:
-        self.nodes.append(helper.make_node(kind, reads, [makes], name=name, **given))
+    def _node(self, kind: str, reads: list[str], makes: str, name: str, *, axis: int | None = None) -> None:
+        node = helper.make_node(kind, reads, [makes], name=name)
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        self.nodes.append(node)
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
         self.constants.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))

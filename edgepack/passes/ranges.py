@@ -27,7 +27,7 @@ def min_max(model: onnx.ModelProto, names: Sequence[str], activations: Activatio
             probe.graph.output.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, []))
             fetch.append(out)
     found = {name: (float("inf"), float("-inf")) for name in names}
-    for sample, values in enumerate(activations(probe, fetch)):
+    for sample, values in enumerate(activations(probe, fetch, None)):
         for index, name in enumerate(names):
             low, high = float(values[fetch[2 * index]]), float(values[fetch[2 * index + 1]])
             if not (abs(low) < float("inf") and abs(high) < float("inf")):

@@ -1,0 +1,141 @@
+"""Carries out the steps of a plan, each only where its result is not in the store yet."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from edgepack.build.inputs import OpenProject
+from edgepack.build.planner import BuildPlan, Step
+from edgepack.errors import UnsupportedError
+from edgepack.graph.load import read_model, serialise
+from edgepack.judge.data_set import Feed
+from edgepack.judge.session import RuntimeSession
+from edgepack.passes import PASSES
+from edgepack.passes.contract import PassContext
+from edgepack.protocol import RUNNER_PATH, RunnerClient
+from edgepack.runtimes.converter import call_converter
+from edgepack.runtimes.environment import environment, host_python
+from edgepack.spec.toolchain import Pin, load_toolchain
+from edgepack.store import Json, StepRecord, Store, storage_errors
+from edgepack.transports.local import LocalTransport
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """Where steps run: the store, this machine's Python, and the runtimes unpacked for it."""
+
+    store: Store
+    say: Say
+
+    def host_pin(self, toolchain: str, version: str | None = None) -> Pin:
+        """The wheels of a toolchain for this machine. Raises UnsupportedError."""
+        host = host_python()
+        try:
+            return load_toolchain(toolchain).release_for(host.machine, host.python, host.glibc, version=version)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"this machine cannot do its part of the build: {error}") from error
+
+    def lib(self, toolchain: str, version: str | None = None) -> Path:
+        """The folder with those wheels, fetched and unpacked where it was not there."""
+        return environment(self.host_pin(toolchain, version).wheels, self.store.folder, say=self.say)
+
+    @contextlib.contextmanager
+    def session(self, runtime: str, version: str | None, options: Mapping[str, Json]) -> Iterator[RuntimeSession]:
+        """A runner of this machine with `runtime`, ended with the block."""
+        import sys
+
+        lib = self.lib(runtime, version)
+        with self.store.workspace() as folder:
+            transport = LocalTransport(home=folder)
+            client = RunnerClient.start(transport, python=sys.executable, runner=str(RUNNER_PATH))
+            with RuntimeSession(client, runtime=runtime, lib=lib, options=options, folder=folder) as session:
+                yield session
+
+
+def execute(plan: BuildPlan, opened: OpenProject, bench: Workbench) -> StepRecord:
+    """The record of the plan's last step; steps run only where the store does not have their result.
+
+    Raises InputError, UnsupportedError, ToolchainError or StorageError.
+    """
+    last = plan.steps[-1]
+    known = bench.store.recall(last.key)
+    if known is not None:
+        return known
+    record: StepRecord | None = None
+    for step in plan.steps:
+        previous, record = record, bench.store.recall(step.key)
+        if record is None:
+            bench.say(f"{plan.target.name}: {step.pass_name} ({step.why})")
+            record = run_step(step, previous, opened, bench)
+    assert record is not None
+    return record
+
+
+def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench: Workbench) -> StepRecord:
+    """Apply one pass and keep what it made."""
+    each = PASSES[step.pass_name]
+    with bench.store.workspace() as folder:
+        before, after, feeds = (folder / name for name in ("before", "after", "feeds"))
+        with storage_errors(folder):
+            for part in (before, after, feeds):
+                part.mkdir()
+        files = _source(opened, before) if previous is None else bench.store.materialise(previous, before)
+        context = PassContext(
+            activations=functools.partial(_activations, opened=opened, bench=bench),
+            tool=lambda request: call_converter(each.toolchain or "", bench.lib(each.toolchain or ""), request),
+            feed_files=lambda count: _feed_files(count, opened, feeds),
+            folder=after,
+        )
+        with storage_errors(after):
+            made = each.apply(files, step.params, context)
+            record = StepRecord(files={role: bench.store.put_file(path) for role, path in made.items()})
+        bench.store.record(step.key, record)
+        return record
+
+
+def role_files(record: StepRecord, store: Store, folder: Path, suffixes: Mapping[str, str]) -> dict[str, Path]:
+    """A step's files copied out under names that runtimes know: `model.onnx`, `model.xml` and `model.bin`."""
+    named = StepRecord(files={f"model{suffixes[role]}": digest for role, digest in record.files.items()})
+    paths = store.materialise(named, folder)
+    return {role: paths[f"model{suffixes[role]}"] for role in record.files}
+
+
+def _source(opened: OpenProject, folder: Path) -> dict[str, Path]:
+    """The user's model with its external data taken in, as one file."""
+    path = folder / "model.onnx"
+    path.write_bytes(serialise(read_model(opened.model_path).model))
+    return {"model": path}
+
+
+def _activations(
+    model: onnx.ModelProto, names: Sequence[str], count: int | None, *, opened: OpenProject, bench: Workbench
+) -> Iterator[Feed]:
+    """ONNX models are run in onnxruntime, whatever ships in the end: it is the reference of the format."""
+    from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
+
+    with tempfile.TemporaryDirectory(dir=bench.store.folder) as folder:
+        path = Path(folder) / "model.onnx"
+        with storage_errors(path):
+            path.write_bytes(serialise(model))
+        with bench.session("onnxruntime", None, ONNXRUNTIME_OPTIONS) as session:
+            yield from session.run({"model": path}, itertools.islice(opened.calibration.feeds(), count), names)
+
+
+def _feed_files(count: int, opened: OpenProject, folder: Path) -> list[Path]:
+    paths = []
+    for index in range(min(count, len(opened.calibration))):
+        path = folder / f"{index:06}.npz"
+        np.savez(path, allow_pickle=False, **opened.calibration.feed(index))
+        paths.append(path)
+    return paths

@@ -1,0 +1,149 @@
+"""Opens what a project names: model, data and metric, each checked, each known by digest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from edgepack.errors import InputError
+from edgepack.judge.data import DataSet, open_data
+from edgepack.judge.metric import MetricInstance
+from edgepack.judge.metrics import make_metric
+from edgepack.spec.project import Project, load_project
+from edgepack.spec.tensor import TensorSpec
+from edgepack.store import Json, StepRecord, Store, digest_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """What the model takes and gives once its free dimensions are fixed."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    source_bytes: int
+    """The .onnx file and its external data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenProject:
+    """A project whose files were found; everything is read when it is first asked for, and only once."""
+
+    project: Project
+    root: Path
+    """Relative paths of the project start here."""
+    store: Store
+
+    @cached_property
+    def model_path(self) -> Path:
+        return self.root / Path(self.project.model).expanduser()
+
+    @cached_property
+    def model_digest(self) -> str:
+        from edgepack.graph.load import digest_source
+
+        return digest_source(self.model_path)
+
+    @cached_property
+    def interface(self) -> Interface:
+        """Raises InputError for whatever is wrong with the model. One that was checked once is not checked again."""
+        key = digest_json({"interface": 1, "model": self.model_digest, "dimensions": {**self.project.dimensions}})
+        record = self.store.recall(key)
+        if record is None:
+            record = StepRecord(files={}, facts=self._look())
+            self.store.record(key, record)
+        facts = record.facts
+        return Interface(
+            inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), source_bytes=int(str(facts["bytes"]))
+        )
+
+    def _look(self) -> dict[str, Json]:
+        from edgepack.graph.load import read_model
+        from edgepack.graph.shapes import fix_dimensions, inputs, outputs
+
+        source = read_model(self.model_path)
+        fixed = fix_dimensions(source.model, self.project.dimensions, self.model_path)
+        return {
+            "inputs": [_as_json(spec) for spec in inputs(fixed)],
+            "outputs": [_as_json(spec) for spec in outputs(fixed)],
+            "bytes": source.bytes,
+        }
+
+    @cached_property
+    def calibration(self) -> DataSet:
+        if self.project.calibration is None:
+            raise InputError(
+                "the project names no calibration data, which int8 ranges are measured on; add it: [calibration] "
+                'data = "calibration.npz"'
+            )
+        return open_data(
+            self.project.calibration,
+            root=self.root,
+            inputs=self.interface.inputs,
+            preprocess=self.project.preprocess,
+            role="calibration",
+        )
+
+    @cached_property
+    def evaluation(self) -> DataSet:
+        if self.project.evaluation is None:
+            raise InputError(
+                "the project names no evaluation data, without which nothing can be proved; add samples that are not "
+                'calibration ones: [evaluation] data = "evaluation.npz" (labels may be left out)'
+            )
+        return open_data(
+            self.project.evaluation,
+            root=self.root,
+            inputs=self.interface.inputs,
+            preprocess=self.project.preprocess,
+            role="evaluation",
+        )
+
+    @cached_property
+    def metric(self) -> MetricInstance:
+        return make_metric(
+            self.project.metric, outputs=self.interface.outputs, labels=self.evaluation.labels, root=self.root
+        )
+
+    def check(self) -> None:
+        """Open everything, so that a mistake shows before minutes of work do."""
+        from edgepack.judge.gate import resolve_max_drop
+
+        _ = self.interface, self.calibration, self.evaluation
+        resolve_max_drop(self.metric, self.project.gate)
+        if self.project.calibration and self.calibration.digest == self.evaluation.digest:
+            raise InputError("calibration and evaluation data have the same contents; give samples of its own to each")
+
+    @property
+    def evaluation_digest(self) -> str:
+        """Of the samples and of the user's own metric, where there is one."""
+        return digest_json({"data": self.evaluation.digest, "metric": self.metric.digest})
+
+
+def open_project(path: Path, store: Store, *, model: Path | None = None) -> OpenProject:
+    """The project in the file `path`; `model` stands in for the one it names. Raises InputError."""
+    project = load_project(path)
+    if model is not None:
+        project = project.model_copy(update={"model": str(model.absolute())})
+    return OpenProject(project=project, root=path.absolute().parent, store=store)
+
+
+def _as_json(spec: TensorSpec) -> dict[str, Json]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _specs(facts: Json) -> tuple[TensorSpec, ...]:
+    assert isinstance(facts, list)
+    found = []
+    for fact in facts:
+        assert isinstance(fact, dict)
+        shape = fact["shape"]
+        assert isinstance(shape, list)
+        found.append(
+            TensorSpec(
+                name=str(fact["name"]),
+                dtype=str(fact["dtype"]),
+                shape=tuple(d if isinstance(d, int) or d is None else str(d) for d in shape),
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,81 @@
+"""edgepack.lock, beside the project file: what was measured and chosen, so that a rebuild gives the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepack.errors import InputError
+from edgepack.store import Json, digest_bytes, storage_errors, write_atomic
+
+LOCK_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locked:
+    """What a build of one target on one operating system came to."""
+
+    plan: str
+    """Key of the plan that it holds for; another plan is judged anew."""
+    model: dict[str, str]
+    """Digest of each file of the model, by role."""
+    golden: str
+    """Digest of the golden outputs."""
+    verdict: dict[str, Json] | None
+    """None for the fp32 model itself."""
+    judged_in: str
+    bundle: str
+    """sha256 of the bundle."""
+    bundle_bytes: int
+
+
+def lock_path(project_file: Path) -> Path:
+    return project_file.with_suffix(".lock")
+
+
+def read_lock(path: Path) -> dict[str, Locked]:
+    """All entries, by target and operating system. Raises InputError for a file that is not a lock."""
+    try:
+        table = json.loads(path.read_bytes())
+        if table["schema"] != LOCK_SCHEMA:
+            raise InputError(f"{path}: schema {table['schema']}; this edgepack reads {LOCK_SCHEMA}: remove the file")
+        return {name: Locked(**entry) for name, entry in table["builds"].items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a lock of edgepack ({error}); remove it, or take it back from git") from error
+
+
+def update_lock(path: Path, name: str, entry: Locked, guard_folder: Path) -> None:
+    """Set one entry and keep the others, also when several builds write at once. Raises StorageError."""
+    with _exclusive(guard_folder / f"lock-{digest_bytes(str(path.resolve()).encode())[:16]}"):
+        builds = read_lock(path) | {name: entry}
+        table = {"schema": LOCK_SCHEMA, "builds": {key: _as_json(each) for key, each in sorted(builds.items())}}
+        write_atomic(path, json.dumps(table, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def _as_json(entry: Locked) -> dict[str, Json]:
+    return {
+        "plan": entry.plan,
+        "model": {**entry.model},
+        "golden": entry.golden,
+        "verdict": entry.verdict,
+        "judged_in": entry.judged_in,
+        "bundle": entry.bundle,
+        "bundle_bytes": entry.bundle_bytes,
+    }
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,186 @@
+"""From a judged model to a bundle on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+
+import edgepack
+from edgepack.build.execute import Workbench, role_files
+from edgepack.build.inputs import OpenProject
+from edgepack.build.judging import SUFFIXES, Judged
+from edgepack.build.planner import BuildPlan
+from edgepack.bundle import manifest as m
+from edgepack.bundle.bundle import Bundle
+from edgepack.bundle.pack import (
+    GOLDEN_INPUTS,
+    GOLDEN_OUTPUTS,
+    RUNNER,
+    Parts,
+    check_budget,
+    file_entries,
+    model_path,
+    wheel_path,
+    write_bundle,
+)
+from edgepack.protocol import RUNNER_PATH
+from edgepack.runtimes.wheels import fetch
+from edgepack.spec.target import Target
+from edgepack.spec.tensor import TensorSpec
+from edgepack.spec.toolchain import load_toolchain
+from edgepack.store import Json, digest_json
+
+MIN_SQNR_DB = {"int8": 20.0, "fp32": 50.0}
+"""How close a device must come to the golden outputs.
+
+float32 kernels differ in the order of sums only, some 100 dB below the signal; int8 ones also in rounding of
+a requantisation, where one step in 255 on every value leaves about 40 dB. A wrong kernel gives about 0 dB.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    bundle: Bundle
+
+
+def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench: Workbench) -> Packed:
+    """Write the bundle. Raises GateMissedError where a size budget is missed, ToolchainError, StorageError."""
+    pin = load_toolchain(plan.recipe.runtime).release_for(
+        plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
+    )
+    wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
+    with bench.store.workspace() as folder:
+        files = role_files(judged.record, bench.store, folder, SUFFIXES[plan.recipe.model_format])
+        parts = Parts(
+            model=files,
+            wheels=wheels,
+            runner=RUNNER_PATH,
+            golden_inputs=bench.store.blob_path(judged.golden_inputs).read_bytes(),
+            golden_outputs=bench.store.blob_path(judged.golden_outputs).read_bytes(),
+        )
+        manifest = _manifest(plan, judged, opened, parts, pin.glibc)
+        budget = _budget(opened, plan.target)
+        where = f"{plan.target.name}"
+        check_budget("the model", manifest.sizes.model, budget["model_mib"], where)
+        total = sum(entry.bytes for entry in manifest.files.values())
+        check_budget("the bundle", total, budget["bundle_mib"], where)
+        return Packed(bundle=write_bundle(path, manifest, parts))
+
+
+def _budget(opened: OpenProject, target: Target) -> dict[str, float | None]:
+    """The tighter of the project's and the target's limit, for each."""
+    found: dict[str, float | None] = {}
+    for name in ("model_mib", "bundle_mib", "memory_mib", "latency_ms"):
+        limits = [limit for limit in (getattr(opened.project.budget, name), getattr(target.budget, name)) if limit]
+        found[name] = min(limits, default=None)
+    return found
+
+
+def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
+    entries = file_entries(parts.contents())
+    budget = _budget(opened, plan.target)
+    model_files = {role: model_path(role, path) for role, path in parts.model.items()}
+    wheels = tuple(wheel_path(path) for path in parts.wheels)
+    bench_defaults = plan.target.bench
+    preprocess = opened.project.preprocess
+    return m.Manifest(
+        name=opened.project.name,
+        edgepack=edgepack.__version__,
+        target=_target(plan.target),
+        requires=m.Requires(
+            os_name=plan.system.name,
+            os_ids=tuple(m.OsId(id=each.id, version_id=each.version_id) for each in plan.system.ids),
+            python=plan.system.python,
+            glibc=glibc,
+        ),
+        model=m.ModelPart(
+            files=model_files,
+            format=plan.recipe.model_format,
+            precision=plan.recipe.precision,
+            source_sha256=opened.model_digest,
+            source_bytes=opened.interface.source_bytes,
+            inputs=tuple(_tensor(spec) for spec in opened.interface.inputs),
+            outputs=tuple(_tensor(spec) for spec in opened.interface.outputs),
+            preprocess=preprocess.model_dump(mode="json") if preprocess else None,
+        ),
+        runtime=m.RuntimePart(
+            name=plan.recipe.runtime,
+            version=plan.runtime_version,
+            wheels=wheels,
+            options=_facts(plan.recipe.device_options),
+        ),
+        passes=tuple(
+            m.PassPart(
+                name=step.pass_name, version=step.pass_version, params=_facts(step.params), tools=dict(step.tools)
+            )
+            for step in plan.steps
+        ),
+        accuracy=_accuracy(plan, judged, opened),
+        sizes=m.Sizes(
+            model=sum(entries[path].bytes for path in model_files.values()),
+            baseline_model=opened.interface.source_bytes,
+            wheels=sum(entries[path].bytes for path in wheels),
+        ),
+        golden=m.Golden(
+            inputs=GOLDEN_INPUTS,
+            outputs=GOLDEN_OUTPUTS,
+            samples=_golden_samples(parts),
+            min_sqnr_db=MIN_SQNR_DB[plan.recipe.precision],
+        ),
+        bench=m.BenchPart(
+            warmup=bench_defaults.warmup,
+            runs=bench_defaults.runs,
+            seconds=bench_defaults.seconds,
+            threads=bench_defaults.threads,
+        ),
+        budget=m.BudgetPart(latency_ms=budget["latency_ms"], memory_mib=budget["memory_mib"]),
+        runner=RUNNER,
+        files=entries,
+    )
+
+
+def _golden_samples(parts: Parts) -> int:
+    import io
+
+    import numpy as np
+
+    with np.load(io.BytesIO(parts.golden_inputs), allow_pickle=False) as arrays:
+        return len(next(iter(arrays.values())))
+
+
+def _accuracy(plan: BuildPlan, judged: Judged, opened: OpenProject) -> m.AccuracyPart | None:
+    if judged.verdict is None:
+        return None
+    return m.AccuracyPart(
+        verdict=_facts(judged.verdict),
+        evaluation_sha256=opened.evaluation.digest,
+        judged_in=judged.judged_in,
+        note=plan.recipe.note,
+    )
+
+
+def _target(target: Target) -> m.TargetPart:
+    return m.TargetPart(
+        name=target.name,
+        title=target.title,
+        digest=digest_json(target.model_dump(mode="json")),
+        machine=target.machine,
+        cpu_model=target.cpu.model,
+        cpu_flags=target.cpu.flags,
+        memory_mib=target.memory_mib,
+        accelerator=_facts(target.accelerator.model_dump(mode="json")) if target.accelerator else None,
+    )
+
+
+def _tensor(spec: TensorSpec) -> m.TensorPart:
+    return m.TensorPart(name=spec.name, dtype=spec.dtype, shape=spec.shape)
+
+
+_FACTS: pydantic.TypeAdapter[m.Facts] = pydantic.TypeAdapter(m.Facts)
+
+
+def _facts(table: Mapping[str, Json]) -> m.Facts:
+    return _FACTS.validate_python(dict(table))

@@ -1,0 +1,133 @@
+"""From project, target and digests to the steps of a build: pure, no files, no clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgepack.passes import PASSES
+from edgepack.runtimes.recipes import Precision, Recipe, recipe_for
+from edgepack.spec.project import Project
+from edgepack.spec.target import System, Target
+from edgepack.store import Json, digest_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFacts:
+    """What a plan depends on besides project and target, all of it by digest or version."""
+
+    edgepack: str
+    """Version, and a digest of the device runner's source: it is in every bundle, and the judge runs it."""
+    model: str
+    calibration: str
+    evaluation: str
+    libraries: Mapping[str, str]
+    """Version of each Python package that a pass names."""
+    toolchains: Mapping[str, str]
+    """Digest of the pinned wheels of each converter."""
+    runtime_version: str
+    runtime_wheels: str
+    """Digest of the pinned wheels that ship."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One pass with all that it depends on; `key` is where its result is kept."""
+
+    pass_name: str
+    pass_version: int
+    params: Mapping[str, Json]
+    tools: Mapping[str, str]
+    input_key: str
+    calibration: str | None
+    why: str
+
+    @property
+    def key(self) -> str:
+        return digest_json(
+            {
+                "pass": self.pass_name,
+                "version": self.pass_version,
+                "params": dict(self.params),
+                "tools": dict(self.tools),
+                "input": self.input_key,
+                "calibration": self.calibration,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildPlan:
+    """All that will be done for one target; the same plan gives the same bundle."""
+
+    target: Target
+    system: System
+    recipe: Recipe
+    runtime_version: str
+    steps: tuple[Step, ...]
+    key: str
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.target.name}: {self.recipe.precision} for {self.recipe.runtime} {self.runtime_version}, "
+            f"{self.system.name} (Python {self.system.python}), {self.target.machine}"
+        )
+        lines = [f"  {i}. {step.pass_name}: {step.why}" for i, step in enumerate(self.steps, 1)]
+        return "\n".join(
+            [head, *lines, f"  then: judged in {self.recipe.runtime} on the {self.recipe.judged_on}, packed"]
+        )
+
+
+def make_plan(project: Project, target: Target, system: System, precision: Precision, facts: PlanFacts) -> BuildPlan:
+    """The steps from the model to what ships on `target`. Raises UnsupportedError where nothing can."""
+    recipe = recipe_for(target, precision)
+    steps: list[Step] = []
+    key = facts.model
+    for name in recipe.passes:
+        each = PASSES[name]
+        params = each.params_for(project, target)
+        tools = {library: facts.libraries[library] for library in each.libraries}
+        if each.toolchain:
+            tools[each.toolchain] = facts.toolchains[each.toolchain]
+        step = Step(
+            pass_name=name,
+            pass_version=each.version,
+            params=params,
+            tools=tools,
+            input_key=key,
+            calibration=facts.calibration if each.uses_calibration else None,
+            why=_why(each.title, params),
+        )
+        steps.append(step)
+        key = step.key
+    return BuildPlan(
+        target=target,
+        system=system,
+        recipe=recipe,
+        runtime_version=facts.runtime_version,
+        steps=tuple(steps),
+        key=_plan_key(project, target, system, recipe=recipe, last_step=key, facts=facts),
+    )
+
+
+def _why(title: str, params: Mapping[str, Json]) -> str:
+    shown = ", ".join(f"{name} {value}" for name, value in params.items() if not isinstance(value, dict))
+    return f"{title} ({shown})" if shown else title
+
+
+def _plan_key(
+    project: Project, target: Target, system: System, *, recipe: Recipe, last_step: str, facts: PlanFacts
+) -> str:
+    """Hashes all that a bundle's bytes follow from: what the passes took, what judges, and what is packed."""
+    return digest_json(
+        {
+            "edgepack": facts.edgepack,
+            "project": project.model_dump(mode="json", exclude={"targets", "calibration", "evaluation", "model"}),
+            "target": target.model_dump(mode="json"),
+            "system": system.model_dump(mode="json"),
+            "runtime": [recipe.runtime, facts.runtime_version, facts.runtime_wheels],
+            "options": [recipe.device_options, recipe.judge_options],
+            "steps": last_step,
+            "evaluation": facts.evaluation,
+        }
+    )

@@ -1,0 +1,124 @@
+"""A bundle on disk: open it, verify it, take files out of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from edgepack.bundle.archive import Member, read_members
+from edgepack.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from edgepack.errors import InputError, VerificationError
+from edgepack.store import atomic_file, digest_bytes, digest_file
+
+SUFFIX = ".edgepack"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """An opened bundle: its headers and manifest were checked, its files' hashes not yet (see `verify`)."""
+
+    path: Path
+    manifest: Manifest
+    manifest_bytes: bytes
+    members: dict[str, Member]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of manifest.json, which holds the sha256 of everything else: the bundle's identity."""
+        return digest_bytes(self.manifest_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def file_sha256(self) -> str:
+        """sha256 of the archive itself, as `sha256sum` prints it."""
+        return digest_file(self.path)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of one file, checked against the manifest. Raises VerificationError."""
+        member = self.members[path]
+        with self.path.open("rb") as stream:
+            stream.seek(member.offset)
+            data = stream.read(member.bytes)
+        if path != MANIFEST and digest_bytes(data) != self.manifest.files[path].sha256:
+            raise _wrong(self.path, path)
+        return data
+
+    def extract(self, path: str, folder: Path) -> Path:
+        """Copy one file to `folder`/`path`, checked on the way. Raises VerificationError, StorageError."""
+        out = folder / path
+        with atomic_file(out) as temporary, temporary.open("wb") as target, self.path.open("rb") as stream:
+            if self._copy(stream, path, target) != self.manifest.files[path].sha256:
+                raise _wrong(self.path, path)
+        return out
+
+    def _copy(self, stream: BinaryIO, path: str, target: BinaryIO | None) -> str:
+        """Feed one file's bytes to `target`; gives their sha256."""
+        member = self.members[path]
+        digest = hashlib.sha256()
+        stream.seek(member.offset)
+        left = member.bytes
+        while left:
+            piece = stream.read(min(left, 1 << 20))
+            if not piece:
+                break
+            left -= len(piece)
+            digest.update(piece)
+            if target is not None:
+                target.write(piece)
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Check the sha256 of every file. Raises VerificationError naming the first that is wrong."""
+        with self.path.open("rb") as stream:
+            for path, entry in self.manifest.files.items():
+                if self._copy(stream, path, None) != entry.sha256:
+                    raise _wrong(self.path, path)
+
+
+def open_bundle(path: Path) -> Bundle:
+    """The bundle at `path`; headers, manifest and the list of files are checked.
+
+    Raises InputError when there is no such file, VerificationError when it is not what its manifest says.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such bundle; build one with `edgepack build`, or check the path")
+    where = str(path)
+    try:
+        with path.open("rb") as stream:
+            members = {member.path: member for member in read_members(stream, where)}
+            first = next(iter(members.values()), None)
+            if first is None or first.path != MANIFEST:
+                raise VerificationError(f"{where}: does not begin with {MANIFEST}; not an edgepack bundle")
+            if first.bytes > MAX_MANIFEST_BYTES:
+                raise VerificationError(f"{where}: a manifest of {first.bytes} bytes; at most {MAX_MANIFEST_BYTES}")
+            stream.seek(first.offset)
+            data = stream.read(first.bytes)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    manifest = parse_manifest(data, where)
+    _same_files(manifest, members, where)
+    return Bundle(path=path, manifest=manifest, manifest_bytes=data, members=members)
+
+
+def _same_files(manifest: Manifest, members: dict[str, Member], where: str) -> None:
+    found = set(members) - {MANIFEST}
+    listed = set(manifest.files)
+    for path in sorted(found - listed):
+        raise VerificationError(f"{where}: holds '{path}', which its manifest does not list")
+    for path in sorted(listed - found):
+        raise VerificationError(f"{where}: lacks '{path}', which its manifest lists")
+    for path, entry in manifest.files.items():
+        if members[path].bytes != entry.bytes:
+            raise VerificationError(
+                f"{where}: '{path}' has {members[path].bytes} bytes; its manifest says {entry.bytes}"
+            )
+
+
+def _wrong(bundle: Path, path: str) -> VerificationError:
+    return VerificationError(
+        f"{bundle}: '{path}' is not what the manifest says (sha256 differs); copy or build it again"
+    )

@@ -1,0 +1,199 @@
+"""manifest.json: everything that was decided about a bundle, so that nobody downstream looks at the project again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field, field_validator, model_validator
+
+from edgepack.errors import VerificationError
+from edgepack.store import canonical_json
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILES = 4096
+MAX_FILE_BYTES = 4 << 30  # bytes
+
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Facts = dict[str, pydantic.JsonValue]
+
+
+class Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(Part):
+    sha256: Hex
+    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+
+
+class TargetPart(Part):
+    """What the bundle was built for; `digest` is of the whole descriptor."""
+
+    name: str
+    title: str
+    digest: Hex
+    machine: str
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    memory_mib: int | None = None
+    accelerator: Facts | None = None
+
+
+class OsId(Part):
+    id: str
+    version_id: str
+
+
+class Requires(Part):
+    """What a device must have beside the target's processor."""
+
+    os_name: str
+    os_ids: tuple[OsId, ...]
+    python: str
+    glibc: str
+    """Of the runtime's libraries: the oldest that loads them."""
+
+
+class TensorPart(Part):
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class ModelPart(Part):
+    files: dict[str, str]
+    """Path in the bundle by role: `model`, and `weights` where the format keeps them apart."""
+    format: Literal["onnx", "openvino-ir"]
+    precision: Literal["int8", "fp32"]
+    source_sha256: Hex
+    source_bytes: int
+    inputs: tuple[TensorPart, ...]
+    outputs: tuple[TensorPart, ...]
+    preprocess: Facts | None = None
+
+
+class RuntimePart(Part):
+    name: str
+    version: str
+    wheels: tuple[str, ...]
+    options: Facts
+
+
+class PassPart(Part):
+    name: str
+    version: int
+    params: Facts
+    tools: dict[str, str]
+    """Version of each library that the pass ran."""
+
+
+class AccuracyPart(Part):
+    """The gate's evidence, and where it was measured."""
+
+    verdict: Facts
+    evaluation_sha256: Hex
+    judged_in: str
+    """Runtime and version, its device, and the machine: "onnxruntime 1.32.0 on x86_64 (CPU)"."""
+    note: str | None = None
+    """What the reader must know, for instance that no NPU ran it."""
+
+
+class Golden(Part):
+    inputs: str
+    outputs: str
+    samples: int
+    min_sqnr_db: float
+
+
+class BenchPart(Part):
+    warmup: int
+    runs: int
+    seconds: float
+    threads: int
+
+
+class BudgetPart(Part):
+    latency_ms: float | None = None
+    memory_mib: float | None = None
+
+
+class Sizes(Part):
+    """Bytes."""
+
+    model: int
+    baseline_model: int
+    wheels: int
+
+
+class Manifest(Part):
+    schema_version: Literal[1] = 1
+    name: str
+    edgepack: str
+    target: TargetPart
+    requires: Requires
+    model: ModelPart
+    runtime: RuntimePart
+    passes: tuple[PassPart, ...]
+    accuracy: AccuracyPart | None
+    """None in a bundle of the fp32 model itself."""
+    speed: Literal["not measured"] = "not measured"
+    sizes: Sizes
+    golden: Golden
+    bench: BenchPart
+    budget: BudgetPart
+    runner: str
+    files: Annotated[dict[str, FileEntry], Field(max_length=MAX_FILES)]
+
+    @field_validator("files")
+    @classmethod
+    def _paths_stay_inside(cls, value: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for path in value:
+            check_path(path)
+        return value
+
+    @model_validator(mode="after")
+    def _what_is_named_is_there(self) -> Manifest:
+        named = [*self.model.files.values(), *self.runtime.wheels, self.golden.inputs, self.golden.outputs, self.runner]
+        for path in named:
+            if path not in self.files:
+                raise ValueError(f"'{path}' is named, but not among the files")
+        return self
+
+
+def check_path(path: str) -> None:
+    """Raises ValueError unless `path` is a plain relative one: no '..', no '.', no backslash, no control character."""
+    parts = path.split("/")
+    plain = path.isprintable() and path.isascii() and "\\" not in path and len(path) <= 240
+    if not plain or PurePosixPath(path).is_absolute() or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"the path {path[:80]!r} leaves the bundle's folder, or is not a plain one")
+    if path == MANIFEST:
+        raise ValueError(f"'{MANIFEST}' cannot list itself")
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Canonical JSON; its sha256 is the bundle's digest."""
+    return canonical_json(manifest.model_dump(mode="json")) + b"\n"
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Raises VerificationError for anything but a manifest of this schema."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise VerificationError(f"{where}: a manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read")
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{where}: the manifest is not JSON ({error}); the bundle is damaged") from error
+    found = table.get("schema_version") if isinstance(table, dict) else None
+    if found != SCHEMA:
+        raise VerificationError(f"{where}: manifest schema {found!r}; this edgepack reads {SCHEMA}: build it again")
+    try:
+        return Manifest.model_validate(table)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise VerificationError(f"{where}: manifest: '{key}': {first['msg']}") from error

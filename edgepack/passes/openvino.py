@@ -1,0 +1,74 @@
+"""ONNX to OpenVINO IR, and the IR to int8 by NNCF, both in the toolchain's own environment (ADR 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from edgepack.passes.contract import PassContext, PassDefect, read_onnx, require_static_inputs
+from edgepack.spec.project import Project
+from edgepack.spec.target import Target
+from edgepack.store import Json
+
+NNCF_SAMPLES = 300  # NNCF's own default subset; more moved no range of the models tried by more than a step
+INTEGER_TYPES = {"FakeQuantize"}
+
+
+class ConvertOpenvino:
+    name: ClassVar[str] = "convert-openvino"
+    version: ClassVar[int] = 1
+    title: ClassVar[str] = "ONNX to OpenVINO IR, float32, static shapes"
+    toolchain: ClassVar[str | None] = "nncf"
+    uses_calibration: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    def params_for(self, project: Project, target: Target) -> dict[str, Json]:
+        return {"compress_to_fp16": False}
+
+    def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
+        model = read_onnx(files)
+        require_static_inputs(model, self.name)
+        answer = context.tool(
+            {"verb": "convert", "model": str(files["model"]), "output": str(context.folder), **dict(params)}
+        )
+        return files_of(answer, self.name)
+
+
+class QuantiseNncf:
+    name: ClassVar[str] = "quantise-nncf"
+    version: ClassVar[int] = 1
+    title: ClassVar[str] = "int8 weights per channel and int8 activations (NNCF)"
+    toolchain: ClassVar[str | None] = "nncf"
+    uses_calibration: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    def params_for(self, project: Project, target: Target) -> dict[str, Json]:
+        return {
+            "preset": "performance",
+            "target_device": "NPU" if target.accelerator else "CPU",
+            "subset_size": NNCF_SAMPLES,
+            "half_range_weights": "all" if target.numerics.weight_bits == 7 else "none",
+        }
+
+    def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
+        feeds = context.feed_files(NNCF_SAMPLES)
+        request: dict[str, Json] = {
+            "verb": "quantise",
+            "model": str(files["model"]),
+            "output": str(context.folder),
+            "feeds": [str(path) for path in feeds],
+            **dict(params),
+        }
+        answer = context.tool(request)
+        operators = answer.get("operators")
+        if not isinstance(operators, dict) or not INTEGER_TYPES & set(operators):
+            raise PassDefect(f"{self.name}: NNCF gave a model without a single quantised operator")
+        return files_of(answer, self.name)
+
+
+def files_of(answer: Mapping[str, Json], who: str) -> dict[str, Path]:
+    files = answer.get("files")
+    if not isinstance(files, dict) or set(files) != {"model", "weights"}:
+        raise PassDefect(f"{who}: the converter named no files: {answer}")
+    return {role: Path(str(path)) for role, path in files.items()}

@@ -1,0 +1,49 @@
+"""Runs a converter's script in its toolchain's environment: one JSON request in, one JSON answer out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgepack.errors import InputError, ToolchainError, UnsupportedError
+from edgepack.store import Json
+
+SCRIPTS = Path(__file__).parent / "scripts"
+TIMEOUT_S = 3600.0  # NNCF took 22 s for a ResNet50; an hour means that it hangs
+
+SCRIPT_OF = {"nncf": "openvino_convert.py"}
+"""The script that speaks for each converter toolchain."""
+
+
+def call_converter(
+    toolchain: str, lib: Path, request: Mapping[str, Json], *, timeout_s: float = TIMEOUT_S
+) -> dict[str, Json]:
+    """The answer's result. Raises UnsupportedError, InputError or ToolchainError as the script says."""
+    script = SCRIPTS / SCRIPT_OF[toolchain]
+    line = json.dumps({**request, "lib": str(lib)})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(script)],
+            input=line.encode(),
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolchainError(f"toolchain {toolchain}: no answer within {timeout_s:.0f} s; it was ended") from error
+    tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as error:
+        raise ToolchainError(
+            f"toolchain {toolchain}: ended with code {done.returncode} and no answer ({' '.join(tail) or 'silently'})"
+        ) from error
+    if answer.get("ok"):
+        result: dict[str, Json] = answer["result"]
+        return result
+    failure = answer.get("error", {})
+    kind = {"unsupported": UnsupportedError, "bad-request": InputError}.get(failure.get("kind"), ToolchainError)
+    raise kind(f"toolchain {toolchain}: {failure.get('message', 'failed without a reason')}")
