@@ -196,23 +196,23 @@ def drop_interval(
     sign = 1.0 if metric.higher_is_better else -1.0
     if metric.spread != "pooled":
         differences = sign * (np.asarray(before)[:, 0] - np.asarray(after)[:, 0])
-        largest = 1.0 if metric.spread == "yes-no" else max(UNSEEN_LOSS, float(np.abs(differences).max()))
-        return paired_interval(differences, confidence=confidence, largest=largest)
+        unseen = 0.0 if metric.spread == "yes-no" else max(UNSEEN_LOSS, float(np.abs(differences).max()))
+        return paired_interval(differences, confidence=confidence, unseen=unseen)
 
     def drop_of(weights: NDArray[np.int64]) -> float:
         return sign * (metric.reduce(before, weights) - metric.reduce(after, weights))
 
     scale = 1.0 if metric.is_share else abs(baseline)
     if samples < 2:  # one sample says nothing about the next
-        seen = max(scale, abs(drop))
+        unseen = max(scale, abs(drop))
     else:
-        seen = max(UNSEEN_LOSS * scale, _largest_influence(drop_of, drop, samples, metric.resamples))
+        unseen = max(UNSEEN_LOSS * scale, _largest_influence(drop_of, drop, samples, metric.resamples))
     return bootstrap_interval(
         drop_of,
         samples=samples,
         drop=drop,
         confidence=confidence,
-        largest=seen,
+        unseen=unseen,
         resamples=metric.resamples,
     )
 

@@ -30,27 +30,66 @@ class Interval:
     """The worse end to expect with so many samples, at this drop and this variance."""
 
 
-def paired_interval(differences: NDArray[np.float64], *, confidence: float, largest: float) -> Interval:
-    """Interval of the mean of `differences`, one a sample, each in [-largest, largest].
+def paired_interval(differences: NDArray[np.float64], *, confidence: float, unseen: float = 0.0) -> Interval:
+    """Interval of the mean of `differences` [samples], one a sample, positive where the second model is worse.
 
-    Agresti and Min, Simple improved confidence intervals for comparing matched proportions, Statistics in
-    Medicine 24 (2005), section 3: half a pair is added to each of the four cells of the paired table (two
-    samples in all), then Wald's formula is used. For scores between 0 and 1 the same: two samples more, of
-    which half a one gains and half a one loses `largest`. The interval has a width even where no sample differs.
+    Differences of -1, 0 and 1 (`unseen` 0): Tango's score interval (`score_ends`). Others: they are counted in units
+    of sum(d^2) / sum(|d|), the one size at which the same numbers of gains and losses have this sum and this sum of
+    squares, and Tango's interval of those is scaled back. `unseen` then adds the variance of a kind of sample that
+    the set does not hold, which gains or loses that much in half a sample of n + 2 each (the adjustment of Agresti
+    and Min, Statistics in Medicine 24 (2005), section 3).
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     count = len(differences)
+    size = float((differences**2).sum() / np.abs(differences).sum()) if differences.any() else unseen or 1.0
+    worse = float(differences[differences > 0].sum()) / size
+    better = -float(differences[differences < 0].sum()) / size
     mean = float(differences.mean())
-    square = float((differences**2).mean())
+    z = _normal_quantile(confidence)
 
     def ends(n: int) -> tuple[float, float]:
-        centre = n * mean / (n + 2)
-        variance = (n * square + largest**2) / (n + 2) - centre**2
-        half = z * math.sqrt(max(0.0, variance) / (n + 2))
-        return centre - half, centre + half
+        low, high = score_ends(worse * n / count, better * n / count, n, confidence=confidence)
+        guard = z * unseen / (n + 2)
+        return mean - math.hypot(mean - size * low, guard), mean + math.hypot(size * high - mean, guard)
 
     low, high = ends(count)
     return Interval(low=low, high=high, worst_at=lambda n: ends(n)[1])
+
+
+def score_ends(worse: float, better: float, samples: int, *, confidence: float) -> tuple[float, float]:
+    """Both ends of (worse - better) / samples, for counts of samples where one model is worse, or better.
+
+    Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design, Statistics in Medicine 17 (1998), equations 3 and 4: the differences that the score test does not reject. It
+    has a width where no sample differs: z^2 / (n + z^2) to either side.
+    """
+    z = _normal_quantile(confidence)
+    n = samples
+
+    def is_inside(delta: float) -> bool:
+        linear = (2 * n - worse + better) * delta - worse - better
+        root = math.sqrt(max(0.0, linear**2 + 8 * n * better * delta * (1 - delta)))
+        only_better = (root - linear) / (4 * n)  # likeliest share of samples that are better, given delta
+        variance = n * (2 * only_better + delta * (1 - delta))
+        return abs(worse - better - n * delta) <= z * math.sqrt(max(0.0, variance))
+
+    middle = (worse - better) / n
+    return _last_inside(is_inside, middle, -1.0), _last_inside(is_inside, middle, 1.0)
+
+
+def _last_inside(is_inside: Callable[[float], bool], inside: float, outside: float) -> float:
+    if is_inside(outside):
+        return outside
+    while abs(outside - inside) > 1e-12:
+        middle = (inside + outside) / 2
+        if is_inside(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
+
+
+def _normal_quantile(confidence: float) -> float:
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def bootstrap_interval(
@@ -59,7 +98,7 @@ def bootstrap_interval(
     samples: int,
     drop: float,
     confidence: float,
-    largest: float,
+    unseen: float,
     resamples: int,
     seed: int = SEED,
 ) -> Interval:
@@ -68,12 +107,11 @@ def bootstrap_interval(
     Percentile bootstrap over samples, both models on the same resample, its level widened for small sets
     ("expanded percentile": Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69
     (2015), section 5.3: the normal quantile becomes Student's, times sqrt(n / (n - 1))). What a resample cannot
-    show is a kind of sample that the set does not hold; such a one is taken to gain or lose `largest` in half a
-    sample of n + 2 each, as in `paired_interval`, and its variance is added. So the interval has a width even where
-    no sample differs. (Zero seen of n allows a rate of 3 / n at 95 %: Hanley and Lippman-Hand, JAMA 249 (1983); the
-    half-width here is 1.96 / (n + 2) times `largest`.)
+    show is a kind of sample that the set does not hold: `unseen` adds its variance as in `paired_interval`, so that
+    the interval has a width even where no sample differs, z / (n + 2) times `unseen` to either side. (Compare: none
+    seen among n allows a rate of 3 / n at 95 %: Hanley and Lippman-Hand, JAMA 249 (1983), 1743.)
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = _normal_quantile(confidence)
     below = above = 0.0
     if samples > 1:
         level = NormalDist().cdf(
@@ -85,7 +123,7 @@ def bootstrap_interval(
             above = max(0.0, float(np.quantile(drops, 1 - level)) - drop)
 
     def reach(seen: float, n: int) -> float:
-        return math.hypot(seen * math.sqrt(samples / n), z * largest / (n + 2))
+        return math.hypot(seen * math.sqrt(samples / n), z * unseen / (n + 2))
 
     return Interval(
         low=drop - reach(below, samples),
