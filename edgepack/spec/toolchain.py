@@ -182,7 +182,7 @@ class Toolchain(Spec):
         )
 
     def _offer(self, version: str | None) -> str:
-        """`1.32.0 for aarch64 or x86_64 (Python 3.11, 3.12; glibc 2.28 or newer); ...`: what the pins hold, in short."""
+        """`1.32.0 for aarch64 or x86_64 (Python 3.11; glibc 2.28 or newer); ...`: what the pins hold, in short."""
         pythons: dict[tuple[str, str, str], list[str]] = {}
         for pin in self.pin:
             if version in (None, pin.release):
