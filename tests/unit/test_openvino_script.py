@@ -344,6 +344,15 @@ def test_an_operator_that_openvino_lacks_is_named(lib: Path, tmp_path: Path) -> 
     assert "acme.Frob" in refusal(request, "unsupported")
 
 
+def test_an_operator_that_openvino_takes_but_not_like_this_is_named(lib: Path, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"])]
+    model = make_model(tmp_path / "rank.onnx", nodes, [1, 4], {"w": np.ones((2, 4, 3, 3), np.float32)})
+    request = {"verb": "convert", "lib": str(lib), "model": str(model), "output": str(tmp_path / "out")}
+    message = refusal(request, "unsupported")
+    assert "no conversion to OpenVINO for Conv-17" in message
+    assert len(message) < 300
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("cut.onnx", None), ("text.onnx", b"hello\n"), ("model.bin", b""), ("text.xml", b"<net>")]
 )

@@ -3,7 +3,7 @@
 Started as `python3 -I -S openvino_convert.py`. One JSON document on stdin is the request, one on stdout the
 answer; whatever the libraries print goes to stderr. Imports nothing of edgepack; openvino and nncf come from
 the folder `lib` of the request. Writes nothing but the files it names, and opens no connection: the
-telemetry of both libraries is kept from being imported.
+telemetry of both libraries is kept from being imported. One file, however long, because it runs alone.
 
 Requests, `?` marks what may be left out:
 - `{verb: "convert", lib, model: .onnx, output: folder, compress_to_fp16?: false}`
@@ -181,7 +181,8 @@ def read_model(path: Path) -> Any:
         try:
             model = openvino.convert_model(path)
         except (NotImplementedFailure, OpConversionFailure, OpValidationFailure) as error:
-            named = re.search(r"No conversion rule found for operations: (.*)", str(error))
+            print(error, file=sys.stderr)  # a page for each operator
+            named = re.search(r"(?:No conversion rule found for operations|Conversion is failed for): (.*)", str(error))
             what = f"no conversion to OpenVINO for {named[1]}" if named else described(error)
             raise Failure("unsupported", f"{path}: {what}") from error
     if "conversion_parameters" in model.rt_info.keys():  # noqa: SIM118  # not a dict
