@@ -215,7 +215,7 @@ def rendered(head: str, pins: Iterable[Pin]) -> str:
 
 def choose_all(toolchain: Toolchain) -> dict[tuple[str, str, str], Choice]:
     """(release, machine, python) -> what pip chooses now."""
-    choices = {}
+    choices: dict[tuple[str, str, str], Choice] = {}
     for release in toolchain.release:
         for machine, pythons in release.platforms.items():
             for python in pythons:
