@@ -125,7 +125,7 @@ def chosen(report: Mapping[str, Any], release: Release, machine: str, python: st
 
 def differences(toolchain: Toolchain, choices: Mapping[tuple[str, str, str], Choice]) -> list[str]:
     """What the pins of `toolchain` and the choices differ in, a line each."""
-    old = {
+    old: dict[tuple[str, str, str], Choice] = {
         (pin.release, pin.machine, pin.python): {wheel.file: wheel.sha256 for wheel in pin.wheels}
         for pin in toolchain.pin
     }
