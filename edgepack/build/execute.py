@@ -90,7 +90,7 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
         with storage_errors(folder):
             for part in (before, after, feeds):
                 part.mkdir()
-        files = _source(opened, before) if previous is None else bench.store.materialise(previous, before)
+        files = _source(opened, before) if previous is None else model_files(previous, bench.store, before)
         context = PassContext(
             activations=functools.partial(_activations, opened=opened, bench=bench),
             tool=lambda request: call_converter(each.toolchain or "", bench.lib(each.toolchain or ""), request),
@@ -99,16 +99,17 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
         )
         with storage_errors(after):
             made = each.apply(files, step.params, context)
-            record = StepRecord(files={role: bench.store.put_file(path) for role, path in made.items()})
+            record = StepRecord(files={path.name: bench.store.put_file(path) for path in made.values()})
         bench.store.record(step.key, record)
         return record
 
 
-def role_files(record: StepRecord, store: Store, folder: Path, suffixes: Mapping[str, str]) -> dict[str, Path]:
-    """A step's files copied out under names that runtimes know: `model.onnx`, `model.xml` and `model.bin`."""
-    named = StepRecord(files={f"model{suffixes[role]}": digest for role, digest in record.files.items()})
-    paths = store.materialise(named, folder)
-    return {role: paths[f"model{suffixes[role]}"] for role in record.files}
+ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights"}
+
+
+def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:
+    """A step's files copied into `folder`, by their role."""
+    return {ROLES[path.suffix]: path for path in store.materialise(record, folder).values()}
 
 
 def _source(opened: OpenProject, folder: Path) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepack.build.execute import Workbench, execute, role_files
+from edgepack.build.execute import Workbench, execute, model_files
 from edgepack.build.inputs import OpenProject
 from edgepack.build.lock import Locked
 from edgepack.build.planner import BuildPlan
@@ -21,8 +21,6 @@ from edgepack.judge.data_set import Feed
 from edgepack.judge.gate import Verdict, judge_drop, raise_for
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 from edgepack.store import Json, StepRecord, digest_bytes, digest_json
-
-SUFFIXES = {"onnx": {"model": ".onnx"}, "openvino-ir": {"model": ".xml", "weights": ".bin"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +113,8 @@ def _measure(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Wo
         bench.session("onnxruntime", reference_version, ONNXRUNTIME_OPTIONS) as reference,
         bench.session(plan.recipe.runtime, plan.runtime_version, plan.recipe.judge_options) as candidate,
     ):
-        old = role_files(canonical, bench.store, folder / "fp32", SUFFIXES["onnx"])
-        new = role_files(record, bench.store, folder / "candidate", SUFFIXES[plan.recipe.model_format])
+        old = model_files(canonical, bench.store, folder / "fp32")
+        new = model_files(record, bench.store, folder / "candidate")
         compared = compare(
             data, metric, lambda feeds: reference.run(old, feeds), lambda feeds: candidate.run(new, feeds)
         )
@@ -140,7 +138,7 @@ def _golden(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Wor
             bench.store.workspace() as folder,
             bench.session(plan.recipe.runtime, plan.runtime_version, plan.recipe.judge_options) as session,
         ):
-            files = role_files(record, bench.store, folder / "model", SUFFIXES[plan.recipe.model_format])
+            files = model_files(record, bench.store, folder / "model")
             outputs = list(session.run(files, feeds))
         blobs = {
             "inputs": bench.store.put(npz_bytes(stack(feeds))),

@@ -9,9 +9,9 @@ from pathlib import Path
 import pydantic
 
 import edgepack
-from edgepack.build.execute import Workbench, role_files
+from edgepack.build.execute import Workbench, model_files
 from edgepack.build.inputs import OpenProject
-from edgepack.build.judging import SUFFIXES, Judged
+from edgepack.build.judging import Judged
 from edgepack.build.planner import BuildPlan
 from edgepack.bundle import manifest as m
 from edgepack.bundle.bundle import Bundle
@@ -53,7 +53,7 @@ def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench
     )
     wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
     with bench.store.workspace() as folder:
-        files = role_files(judged.record, bench.store, folder, SUFFIXES[plan.recipe.model_format])
+        files = model_files(judged.record, bench.store, folder)
         parts = Parts(
             model=files,
             wheels=wheels,
@@ -82,7 +82,7 @@ def _budget(opened: OpenProject, target: Target) -> dict[str, float | None]:
 def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
     entries = file_entries(parts.contents())
     budget = _budget(opened, plan.target)
-    model_files = {role: model_path(role, path) for role, path in parts.model.items()}
+    paths = {role: model_path(path) for role, path in parts.model.items()}
     wheels = tuple(wheel_path(path) for path in parts.wheels)
     bench_defaults = plan.target.bench
     preprocess = opened.project.preprocess
@@ -97,7 +97,7 @@ def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts
             glibc=glibc,
         ),
         model=m.ModelPart(
-            files=model_files,
+            files=paths,
             format=plan.recipe.model_format,
             precision=plan.recipe.precision,
             source_sha256=opened.model_digest,
@@ -120,7 +120,7 @@ def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts
         ),
         accuracy=_accuracy(plan, judged, opened),
         sizes=m.Sizes(
-            model=sum(entries[path].bytes for path in model_files.values()),
+            model=sum(entries[path].bytes for path in paths.values()),
             baseline_model=opened.interface.source_bytes,
             wheels=sum(entries[path].bytes for path in wheels),
         ),

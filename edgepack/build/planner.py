@@ -67,6 +67,20 @@ class BuildPlan:
     steps: tuple[Step, ...]
     key: str
 
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "target": self.target.name,
+            "os": self.system.name,
+            "runtime": f"{self.recipe.runtime} {self.runtime_version}",
+            "precision": self.recipe.precision,
+            "judged_on": self.recipe.judged_on,
+            "key": self.key,
+            "steps": [
+                {"pass": step.pass_name, "why": step.why, "params": {**step.params}, "key": step.key}
+                for step in self.steps
+            ],
+        }
+
     def __str__(self) -> str:
         head = (
             f"{self.target.name}: {self.recipe.precision} for {self.recipe.runtime} {self.runtime_version}, "

@@ -1,0 +1,23 @@
+"""What this machine lacks of a target, without asking anybody."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from edgepack.bench.machine import cpu_flags
+from edgepack.spec.target import Target
+
+
+def missing_here(target: Target) -> tuple[str, ...]:
+    """Architecture, instructions or accelerator that `target` asks for and this machine lacks; () if it fits."""
+    if platform.machine() != target.machine:
+        return (target.machine,)
+    try:
+        have = cpu_flags(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ("/proc/cpuinfo",)
+    missing = [flag for flag in target.cpu.flags if flag not in have]
+    if target.accelerator is not None and not list(Path("/dev/accel").glob("accel*")):
+        missing.append(target.accelerator.kind)
+    return tuple(missing)

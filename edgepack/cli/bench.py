@@ -1,0 +1,68 @@
+"""`edgepack bench`: run a bundle on a device and say what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgepack.cli.output import JsonFlag, Meter, say, show_json
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A .edgepack file.")],
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", "-d", help="local, ssh://user@host[:port], emulated:NAME, or a name from devices.toml."
+        ),
+    ] = "local",
+    inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default: the target's).")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Inferences before the measured ones.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Measure at least so many inferences,")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="and at least so long.")] = None,
+    accept_new_host_key: Annotated[
+        bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Install a bundle on a device, prove that it is healthy there, and time it.
+
+    The result carries a verdict: valid, suspect or invalid, and why. An emulated device has no latency.
+    Nothing is uploaded twice, and nothing outside ~/.edgepack is touched on the device.
+
+    \b
+    Examples:
+      edgepack bench dist/NAME-x86-avx512-vnni.edgepack
+      edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --json
+      edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
+    """
+    from edgepack.bench.result import require_budgets
+    from edgepack.bench.run import benchmark
+    from edgepack.bundle.bundle import open_bundle
+    from edgepack.report.tables import bench_page
+    from edgepack.transports.resolve import open_transport
+
+    opened = open_bundle(bundle)
+    opened.verify()
+    transport = open_transport(device, inventory_path=inventory, accept_new_host_key=accept_new_host_key, say=say)
+    try:
+        result = benchmark(
+            opened,
+            transport,
+            threads=threads,
+            warmup=warmup,
+            runs=runs,
+            seconds=seconds,
+            say=say,
+            progress=lambda path, done, total: Meter(f"uploading {path}")(done, total),
+        )
+    finally:
+        transport.close()
+    if as_json:
+        show_json(result.to_json())
+    else:
+        typer.echo(bench_page(result))
+    require_budgets(result)

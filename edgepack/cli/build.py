@@ -1,0 +1,90 @@
+"""`edgepack build`: from a model to bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgepack.cli.output import JsonFlag, say, show_json
+
+if TYPE_CHECKING:
+    from edgepack.build.inputs import OpenProject
+
+
+def build(
+    model: Annotated[
+        Path | None, typer.Argument(help="An ONNX model, instead of the one that the project names.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="A target's name or a .toml file; can be repeated.")
+    ] = None,
+    project: Annotated[Path, typer.Option("--project", "-p", help="The project file.")] = Path("edgepack.toml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for bundles.")] = Path("dist"),
+    os: Annotated[
+        str | None, typer.Option("--os", help="The devices' operating system; see `edgepack targets show`.")
+    ] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also pack the fp32 model, as NAME-TARGET.fp32.edgepack.")
+    ] = False,
+    accept_unresolved: Annotated[
+        bool, typer.Option("--accept-unresolved", help="Ship also where there are too few samples to tell.")
+    ] = False,
+    update_lock: Annotated[bool, typer.Option("--update-lock", help="Measure and choose anew.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compress a model for each target, prove its accuracy, and pack it with a runtime into one bundle.
+
+    A bundle is made only where the gate of the project file holds; else the exit code says why not, and no
+    bundle, old or new, stays under that name. What did not change is not done again.
+
+    \b
+    Examples:
+      edgepack build --target rpi4
+      edgepack build --target rpi4 --target x86-avx512 --target intel-npu --json
+      edgepack build other.onnx --target ./my-board.toml --os debian-13 --dry-run
+    """
+    from edgepack.build.execute import Workbench
+    from edgepack.build.inputs import open_project
+    from edgepack.build.search import BuildOptions, build, plan_for
+    from edgepack.errors import UsageError
+    from edgepack.report.tables import build_document, build_table
+    from edgepack.spec.target import load_target
+    from edgepack.store import Store, cache_folder
+
+    store = Store(cache_folder())
+    opened = open_project(project, store, model=model)
+    if accept_unresolved:
+        opened = _accepting(opened)
+    names = target or list(opened.project.targets)
+    if not names:
+        raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
+    bench = Workbench(store=store, say=say)
+    if dry_run:
+        opened.check()
+        chosen = [load_target(name) for name in names]
+        plans = [plan_for(opened, each, each.os_named(os), "int8", bench) for each in chosen]
+        if as_json:
+            show_json({"plans": [plan.to_json() for plan in plans]})
+        else:
+            typer.echo("\n".join(str(plan) for plan in plans))
+        return
+    options = BuildOptions(project_file=project, output=output, os_name=os, baseline=baseline, relock=update_lock)
+    report = build(opened, names, options, bench)
+    if as_json:
+        show_json(build_document(report))
+    elif report.built:
+        typer.echo(build_table(report))
+    for failure in report.failed:
+        say(f"edgepack: error: {failure.target}: {failure.error}")
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _accepting(opened: OpenProject) -> OpenProject:
+    from dataclasses import replace
+
+    gate = opened.project.gate.model_copy(update={"accept_unresolved": True})
+    return replace(opened, project=opened.project.model_copy(update={"gate": gate}))
