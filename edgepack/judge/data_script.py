@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -38,13 +39,16 @@ class _Kept:
     offset: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Spool:
     """Arrays one after the other in a file without a name: it is gone when the process is, however that ends."""
 
     file: IO[bytes]
     end: int = 0
     samples: list[tuple[_Kept, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.file.close)  # with the set that reads from it
 
     def add(self, feed: Feed) -> None:
         kept = []

@@ -118,7 +118,7 @@ def check_names(where: str, found: Iterable[str], inputs: tuple[TensorSpec, ...]
     unknown = [name for name in found if name not in known and name not in also]
     for name in known:
         if name not in found:
-            hint = did_you_mean(name, unknown).replace("did you mean", "was it meant to be") if unknown else ""
+            hint = next((f"; is '{n}' meant?" for n in unknown if _alike(n, name) or len(unknown) == 1), "")
             listed = ", ".join(f"'{n}'" for n in found) or "nothing"
             raise InputError(
                 f"{where}: no array '{name}' for the model's input of that name; found {listed}{hint}; "
@@ -129,6 +129,10 @@ def check_names(where: str, found: Iterable[str], inputs: tuple[TensorSpec, ...]
             f"{where}: unknown array '{name}'{did_you_mean(name, [*known, *also])}; expected only the model's inputs "
             f"and '{LABELS}': rename or remove it"
         )
+
+
+def _alike(found: str, wanted: str) -> bool:
+    return found.lower() == wanted.lower() or "did you mean" in did_you_mean(found, [wanted])
 
 
 def check_shape(where: str, found: Sequence[int], spec: TensorSpec) -> None:
