@@ -22,7 +22,9 @@ def agreement(job: Job) -> SummedMetric:
     squares of the differences) over the set, None where nothing differs.
     """
     by_class = classes_of(job.output) is not None
-    single = all(size == 1 or (at == 0 and not isinstance(size, int)) for at, size in enumerate(job.output.shape))
+    shape = job.output.shape
+    free_batch = len(shape) > 1 and not isinstance(shape[0], int)
+    single = all(size == 1 for size in (shape[1:] if free_batch else shape))
 
     def measure(output: Array, _: Label, reference: Array | None) -> Products:
         if reference is None:
