@@ -168,7 +168,7 @@ def read_machine(transport: Transport, contact: Contact, probe: Probe) -> Machin
         libc=" ".join(probe.libc),
         governors=tuple(sorted(governors)),
         has_vcgencmd=probe.commands.get("vcgencmd get_throttled") is not None,
-        cpu_flags=_cpu_flags(cpuinfo),
+        cpu_flags=cpu_flags(cpuinfo),
     )
 
 
@@ -198,7 +198,7 @@ def _pairs(text: str, separator: str) -> Iterable[tuple[str, str]]:
             yield key.strip(), value.strip().strip('"')
 
 
-def _cpu_flags(cpuinfo: str) -> frozenset[str]:
+def cpu_flags(cpuinfo: str) -> frozenset[str]:
     """Those of the first processor: x86 calls the line `flags`, ARM `Features`."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)
     return frozenset(found.group(1).split()) if found else frozenset()

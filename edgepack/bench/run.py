@@ -19,7 +19,7 @@ from edgepack.bench.result import BenchmarkResult, BundleRef
 from edgepack.bench.verdict import EMULATED, judge
 from edgepack.bundle.bundle import Bundle
 from edgepack.errors import DeviceError
-from edgepack.protocol import BenchOrder, Health, Installed, Measured, ModelRef, RunnerClient
+from edgepack.protocol import BenchOrder, Health, Installed, ModelRef, RunnerClient
 from edgepack.transports.base import Transport
 
 EMULATED_PATIENCE = 20.0
@@ -57,9 +57,8 @@ def benchmark(
     place = place_runner(transport, contact.python, root=root)
     with _start(transport, contact, place) as runner:
         machine = read_machine(transport, contact, runner.probe(PROBE_FILES, PROBE_COMMANDS, place.root))
-        say(
-            f"{transport.name}: {machine.board or machine.cpu_model or machine.machine}, {machine.os or 'unknown system'}"
-        )
+        what = machine.board or machine.cpu_model or machine.machine
+        say(f"{transport.name}: {what}, {machine.os or 'an unknown system'}")
         notes = check_machine(bundle, machine)
         installed = install_bundle(bundle, transport, runner, place, say=say, progress=progress)
         model = _model(bundle, installed, manifest.bench.threads if threads is None else threads)

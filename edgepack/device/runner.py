@@ -41,8 +41,9 @@ bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample
          -> {fresh, import_ns, load_ns, first_ns, warmup_ns, samples_ns, starts_ns,
              environment: [{t_ns, wall_ns, raw_ns, files, commands}], clock, clock_resolution_ns,
              max_rss_kib_before, max_rss_kib_loaded, max_rss_kib_after}
-         At least `runs` and at least `seconds`, never beyond `max_seconds`. The environment is read before, after and,
-         between two inferences, every every_ms. fresh: no runtime was in this process before (else memory misleads).
+         At least `runs` and at least `seconds`, but never beyond max_seconds or a million runs. The environment is
+         read before loading, after the warm-up, at the end and, between two inferences, every every_ms. fresh: no
+         runtime was in this process before (else memory misleads).
 """
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
@@ -81,6 +82,7 @@ from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
 MAX_LINE_BYTES = 16 << 20  # one request
 MAX_TEXT_BYTES = 1 << 20  # one file read for the host: /proc/cpuinfo of 256 processors fits
 COMMAND_TIMEOUT_S = 5.0
+MAX_SAMPLES = 1_000_000  # of one bench; 16 bytes each while it runs
 KEPT_MODELS = 2  # the judge compares two; more would crowd a small board
 BEST_SQNR_DB = 300.0  # beyond what float64 can tell apart
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/vc/bin"  # vcgencmd once lived in the last
@@ -746,7 +748,7 @@ def measure(model: Any, feeds: List[Any], limits: Tuple[int, int, int], sampler:
             starts.append(start)
             samples.append(stop - start)
             done += 1
-            if (done >= runs and stop - began >= least_ns) or stop - began >= most_ns:
+            if (done >= runs and stop - began >= least_ns) or stop - began >= most_ns or done >= MAX_SAMPLES:
                 return starts, samples
             if stop - sampled >= every_ns:
                 sample()

@@ -1,0 +1,136 @@
+"""First contact: which devices are turned away, with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgepack.bench.machine import Contact, check_machine, make_contact, read_machine
+from edgepack.bundle.bundle import Bundle
+from edgepack.errors import DeviceError, UnsupportedError
+from edgepack.protocol import CommandOutput, Probe
+from edgepack.transports.base import Completed
+from edgepack.transports.fake import FakeTransport
+from edgepack.transports.local import LocalTransport
+from tests.support.runtime import make_bundle
+
+PI_4 = """\
+processor\t: 0
+Features\t: fp asimd evtstrm crc32 cpuid
+CPU implementer\t: 0x41
+CPU part\t: 0xd08
+
+processor\t: 1
+Features\t: fp asimd evtstrm crc32 cpuid
+CPU part\t: 0xd08
+"""
+REQUIRES = {
+    "os_name": "debian-12",
+    "os_ids": [{"id": "debian", "version_id": "12"}, {"id": "raspbian", "version_id": "12"}],
+    "python": "3.11",
+    "glibc": "2.28",
+}
+TARGET = {"name": "rpi4", "machine": "aarch64", "cpu_model": "Cortex-A72", "cpu_flags": ["asimd"], "memory_mib": 2048}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Iterator[Bundle]:
+    yield make_bundle(tmp_path / "bundle", wheels=(), changes={"requires": REQUIRES, "target": TARGET})
+
+
+def device(tmp_path: Path, *lines: str, machine: str = "aarch64", os: str = "12", exit_code: int = 0) -> FakeTransport:
+    fake = FakeTransport(tmp_path, name="ssh://pi@board")
+    text = "\n".join([f"machine={machine}", "kernel=Linux 6.1", "os_id=debian", f'os_version="{os}"', *lines])
+    fake.on_run("sh", "-c", gives=Completed(exit_code=exit_code, stdout=text.encode(), stderr=b"sh: no such thing"))
+    return fake
+
+
+def probe(files: dict[str, str | None], machine: str = "aarch64") -> Probe:
+    return Probe(
+        python="3.11.2",
+        implementation="CPython",
+        machine=machine,
+        system="Linux",
+        bits=64,
+        cpus=4,
+        libc=("glibc", "2.36"),
+        pid=1,
+        cwd="/home/pi",
+        monotonic_ns=1,
+        files=files,
+        commands={
+            "uname -sr": CommandOutput(exit_code=0, stdout="Linux 6.1\n", stderr=""),
+            "vcgencmd get_throttled": None,
+        },
+        free_bytes=1,
+    )
+
+
+CONTACT = Contact(machine="aarch64", python="/usr/bin/python3")
+
+
+def test_the_first_python_that_fits_is_taken(bundle: Bundle, tmp_path: Path) -> None:
+    fake = device(tmp_path, "python=/opt/python3 3.12.1 64 glibc-2.36", "python=/usr/bin/python3 3.11.2 64 glibc-2.36")
+    assert make_contact(bundle, fake) == Contact(machine="aarch64", python="/usr/bin/python3")
+
+
+def test_contact_works_on_this_very_machine(tmp_path: Path) -> None:
+    here = make_bundle(tmp_path / "bundle", wheels=())
+    contact = make_contact(here, LocalTransport(home=tmp_path))
+    assert contact.machine == here.manifest.target.machine and Path(contact.python).exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (("x86_64", "3.11.2 64 glibc-2.36", "12"), "the device is x86_64; .* was built for aarch64 .rpi4.; build for"),
+        (("aarch64", "3.11.2 32 glibc-2.36", "12"), "the device is armv7l; "),
+        (("aarch64", "3.9.2 64 glibc-2.31", "11"), "Python 3.9.2 on debian-11; .* needs Python 3.11; build .* --os"),
+        (("aarch64", None, "12"), "no python3 on debian-12; .* apt install python3.11"),
+        (("aarch64", "3.11.2 64 glibc-2.27", "10"), "C library glibc-2.27 on debian-10; .* needs glibc 2.28"),
+        (("aarch64", "3.11.2 64 unknown", "12"), "C library unknown"),
+    ],
+)
+def test_a_device_that_cannot_run_the_bundle_is_turned_away_before_anything_is_uploaded(
+    bundle: Bundle, tmp_path: Path, said: tuple[str, str | None, str], message: str
+) -> None:
+    machine, python, os = said
+    lines = [] if python is None else [f"python=/usr/bin/python3 {python}"]
+    fake = device(tmp_path, *lines, machine=machine, os=os)
+    with pytest.raises(UnsupportedError, match=message):
+        make_contact(bundle, fake)
+    assert [call[0] for call in fake.calls] == ["run"]
+
+
+def test_a_device_without_a_shell_is_a_device_error(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no POSIX shell there"):
+        make_contact(bundle, device(tmp_path, exit_code=127))
+
+
+def test_missing_instructions_are_named(bundle: Bundle, tmp_path: Path) -> None:
+    fake = device(tmp_path)
+    machine = read_machine(fake, CONTACT, probe({"/proc/cpuinfo": PI_4.replace("asimd", "vfp")}))
+    with pytest.raises(UnsupportedError, match=r"Cortex-A72 lacks asimd; .* was built for rpi4"):
+        check_machine(bundle, machine)
+
+
+def test_a_board_is_read_from_its_files(bundle: Bundle, tmp_path: Path) -> None:
+    files: dict[str, str | None] = {
+        "/proc/cpuinfo": PI_4,
+        "/proc/meminfo": "MemTotal:        1003520 kB\nMemFree: 1 kB\n",
+        "/proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
+        "/etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nID=debian\n',
+        "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
+    }
+    machine = read_machine(device(tmp_path), CONTACT, probe(files))
+    assert (machine.board, machine.cpu_model) == ("Raspberry Pi 4 Model B Rev 1.4", "Cortex-A72")
+    assert (machine.memory_mib, machine.governors) == (980, ("ondemand",))
+    assert (machine.os, machine.kernel, machine.libc) == ("Debian GNU/Linux 12 (bookworm)", "Linux 6.1", "glibc 2.36")
+    assert check_machine(bundle, machine) == ("980 MiB of memory; rpi4 has 2048",)
+
+
+def test_instructions_that_cannot_be_read_are_noted(bundle: Bundle, tmp_path: Path) -> None:
+    machine = read_machine(device(tmp_path), CONTACT, probe({"/proc/cpuinfo": None}))
+    assert check_machine(bundle, machine) == ("the processor's instructions could not be read; rpi4 asks for asimd",)
