@@ -220,7 +220,7 @@ def drop_interval(
 def _largest_influence(drop_of: Callable[[NDArray[np.int64]], float], drop: float, samples: int, calls: int) -> float:
     """How much the sample that weighs most moves the drop, on the scale of one sample: (n - 1) times the change
     that its removal makes (the jackknife's pseudo-value less the drop: Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, section 11.5). Of sets with more samples than `calls` allows, evenly spread ones are tried."""
+    Bootstrap, 1993, chapter 11). Of sets with more samples than `calls` allows, evenly spread ones are tried."""
     weights = np.ones(samples, np.int64)
     most = 0.0
     for index in np.unique(np.linspace(0, samples - 1, min(samples, calls)).astype(int)):

@@ -37,7 +37,7 @@ def paired_interval(differences: NDArray[np.float64], *, confidence: float, unse
     of sum(d^2) / sum(|d|), the one size at which the same numbers of gains and losses have this sum and this sum of
     squares, and Tango's interval of those is scaled back. `unseen` then adds the variance of a kind of sample that
     the set does not hold, which gains or loses that much in half a sample of n + 2 each (the adjustment of Agresti
-    and Min, Statistics in Medicine 24 (2005), section 3).
+    and Min, Statistics in Medicine 24 (2005), 729).
     """
     count = len(differences)
     size = float((differences**2).sum() / np.abs(differences).sum()) if differences.any() else unseen or 1.0
@@ -59,8 +59,8 @@ def score_ends(worse: float, better: float, samples: int, *, confidence: float) 
     """Both ends of (worse - better) / samples, for counts of samples where one model is worse, or better.
 
     Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
-    design, Statistics in Medicine 17 (1998), equations 3 and 4: the differences that the score test does not reject. It
-    has a width where no sample differs: z^2 / (n + z^2) to either side.
+    design, Statistics in Medicine 17 (1998), 891: the differences that the score test does not reject. It has a
+    width where no sample differs: z^2 / (n + z^2) to either side.
     """
     z = _normal_quantile(confidence)
     n = samples
@@ -106,7 +106,7 @@ def bootstrap_interval(
 
     Percentile bootstrap over samples, both models on the same resample, its level widened for small sets
     ("expanded percentile": Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69
-    (2015), section 5.3: the normal quantile becomes Student's, times sqrt(n / (n - 1))). What a resample cannot
+    (2015), 371: the normal quantile becomes Student's, times sqrt(n / (n - 1))). What a resample cannot
     show is a kind of sample that the set does not hold: `unseen` adds its variance as in `paired_interval`, so that
     the interval has a width even where no sample differs, z / (n + 2) times `unseen` to either side. (Compare: none
     seen among n allows a rate of 3 / n at 95 %: Hanley and Lippman-Hand, JAMA 249 (1983), 1743.)

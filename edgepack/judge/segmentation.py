@@ -15,8 +15,8 @@ def mean_iou(job: Job) -> SummedMetric:
     """Mean over classes of intersection / union over the pixels of the set; a class that nobody has is left out.
 
     Labels are maps [height, width] of whole numbers; the output is scores [1, classes, height, width] or
-    [1, height, width, classes], or such a map itself. (Everingham et al., The PASCAL VOC Challenge, IJCV
-    2010, section 4.3: segmentation accuracy.)
+    [1, height, width, classes], or such a map itself. (The
+    segmentation accuracy of Everingham et al., The PASCAL VOC Challenge, IJCV 88 (2010), 303.)
     """
     labels = job.labels
     if labels is None or isinstance(labels, np.ndarray) or isinstance(labels[0], str):
