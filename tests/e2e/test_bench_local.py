@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from edgepack.store import digest_bytes, digest_file
 from edgepack.transports.base import Progress
 from edgepack.transports.local import LocalTransport
 from tests.support.runtime import expected, feeds, make_bundle
+from tests.support.sshd import running_sshd
 
 QUICK: dict[str, Any] = {"runs": 40, "seconds": 0.7}
 
@@ -151,3 +156,38 @@ def test_a_processor_without_the_instructions_is_refused_before_the_bundle_is_up
     with pytest.raises(UnsupportedError, match="lacks no_such_instruction"):
         benchmark(bundle, device)
     assert [name for name, _ in device.uploads] == [f"{runner_digest()}.part"]
+
+
+def test_over_ssh_it_is_the_same_benchmark(tmp_path: Path) -> None:
+    bundle, said = make_bundle(tmp_path / "bundle"), list[str]()
+    with running_sshd(tmp_path / "sshd") as server:
+        server.trust("ed25519")
+        device = server.transport()
+        first = benchmark(bundle, device, root=str(tmp_path / "device"), **QUICK)
+        again = benchmark(bundle, device, root=str(tmp_path / "device"), say=said.append, **QUICK)
+        device.close()
+    assert first.latency_ms is not None and first.latency_ms.count >= 40
+    assert first.device.name == device.name and first.health.passed
+    assert not any("uploading" in line for line in said)
+    assert again.health == first.health
+
+
+def test_a_runner_that_is_killed_while_it_measures_gives_an_error_and_no_half_result(tmp_path: Path) -> None:
+    bundle, device = make_bundle(tmp_path / "bundle"), Watched(tmp_path / "home")
+
+    def kill_soon(line: str) -> None:
+        if line.startswith("measuring"):
+            threading.Timer(1.5, lambda: os.kill(newest_runner(tmp_path), signal.SIGKILL)).start()
+
+    with pytest.raises(DeviceError, match="signal"):
+        benchmark(bundle, device, seconds=20.0, say=kill_soon)
+
+
+def newest_runner(home: Path) -> int:
+    """The process that runs a runner below `home`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"{home}/home/.edgepack/blobs/".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return max(found)
