@@ -102,18 +102,17 @@ class Sshd:
         return SshTransport(self.address, **{**defaults, **options})  # type: ignore[arg-type]
 
     def sessions(self) -> list[int]:
-        """The processes that serve a connection."""
-        return _children(self.process.pid)
+        """The processes that serve connections: one each, or two where a privileged one watches the other."""
+        return [pid for pid in _descendants(self.process.pid) if _command(pid).startswith("sshd")]
 
     def cut(self, *, programs: bool = True) -> None:
         """End every connection at once, and what runs in it: as a device does that crashes.
 
         Without `programs` they live on, and only lose their connection.
         """
-        for pid in self.sessions():
-            for process in (*(_descendants(pid) if programs else ()), pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+        for pid in _descendants(self.process.pid) if programs else self.sessions():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Idempotent."""
@@ -311,6 +310,13 @@ def _children(pid: int) -> list[int]:
     except OSError:
         return []
     return [int(word) for word in text.split()]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def _descendants(pid: int) -> list[int]:
