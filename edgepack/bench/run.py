@@ -24,6 +24,7 @@ from edgepack.transports.base import Transport
 
 EMULATED_PATIENCE = 20.0
 """One inference under qemu-user takes some twenty times as long as on the host."""
+EMULATED_NOTE = ("emulated: processors, memory and kernel are those of the machine that emulates it",)
 MAX_STRETCH, MIN_MAX_SECONDS = 10.0, 60.0
 """A run of slow inferences ends after ten times the seconds asked for, or a minute, with the runs it has."""
 
@@ -59,7 +60,7 @@ def benchmark(
         machine = read_machine(transport, contact, runner.probe(PROBE_FILES, PROBE_COMMANDS, place.root))
         what = machine.board or machine.cpu_model or machine.machine
         say(f"{transport.name}: {what}, {machine.os or 'an unknown system'}")
-        notes = check_machine(bundle, machine)
+        notes = check_machine(bundle, machine) + (EMULATED_NOTE if transport.emulated else ())
         installed = install_bundle(bundle, transport, runner, place, say=say, progress=progress)
         model = _model(bundle, installed, manifest.bench.threads if threads is None else threads)
         health = _check_health(bundle, transport, runner, model, installed)
