@@ -1,7 +1,7 @@
 """Whether a measurement can be trusted, and why not.
 
-`invalid`: something certainly falsified it. `suspect`: something may have. The limits are ours, chosen so
-that a quiet machine stays below them (docs/benchmarking.md has the numbers) and are meant to be argued with.
+`invalid`: something certainly disturbed it. `suspect`: something may have. The limits are ours, a first set
+that is meant to be argued with; docs/benchmarking.md says what was seen with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ DRIFT_SUSPECT, DRIFT_INVALID = 0.05, 0.20
 NOISE_SUSPECT, NOISE_INVALID = 0.10, 0.50
 """Interquartile range over the median."""
 MODES_APART = 4.5
-"""Ashman's D of the best split in two; a single bell gives 2.7, a uniform one 3.5, an exponential about 2.5."""
+"""Ashman's D of the best split in two; of 2000 samples a single bell gives 2.8, an exponential 2.9, a uniform one 3.5."""
+MIN_RUNS_FOR_MODES = 100
+"""With few samples a flat distribution may split as far apart by chance (60 uniform ones: up to 5.0 in 500 draws)."""
 MODES_MIN_SHARE, MODES_MIN_GAP = 0.10, 0.05
 """A second mode counts when it holds a tenth of the samples, a twentieth of the median away."""
 OTHERS_SUSPECT = 0.25
@@ -32,7 +34,7 @@ STARVED_SUSPECT, STARVED_INVALID = 0.97, 0.90
 """Processors that the runner got, over the one that its own loop alone would fill."""
 STEAL_SUSPECT, STEAL_INVALID = 0.01, 0.05
 PREEMPTIONS_SUSPECT = 50.0
-"""Per second. A scheduler that shares a processor switches some 250 times a second."""
+"""Per second. Sharing a processor with one busy process gave 120 to 190, a quiet one 3 (x86-64, Linux 6.18)."""
 FREQUENCY_SUSPECT = 0.10
 """Lowest over highest sampled frequency, away from 1."""
 HOT_C = 80.0
@@ -121,7 +123,7 @@ def find_two_modes(times: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple
     """
     kept = np.sort(times)[times.size // 100 : times.size - times.size // 100]
     count = kept.size
-    if count < MIN_RUNS:
+    if times.size < MIN_RUNS_FOR_MODES:
         return None
     left = np.arange(1, count)
     sums, squares = np.cumsum(kept)[:-1], np.cumsum(np.square(kept))[:-1]
