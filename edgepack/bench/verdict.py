@@ -23,7 +23,7 @@ DRIFT_SUSPECT, DRIFT_INVALID = 0.05, 0.20
 NOISE_SUSPECT, NOISE_INVALID = 0.10, 0.50
 """Interquartile range over the median."""
 MODES_APART = 4.5
-"""Fewer may split as far apart by chance where they are flat (60 uniform ones: D up to 5.0 in 500 draws)."""
+"""Ashman's D of the best split in two; of 2000 samples a bell gives 2.8, an exponential 2.9, a uniform one 3.5."""
 MIN_RUNS_FOR_MODES = 100
 """With few samples a flat distribution splits as far apart by chance (60 uniform ones: up to 5.0 in 500 draws)."""
 MODES_MIN_SHARE, MODES_MIN_GAP = 0.10, 0.05
