@@ -56,7 +56,7 @@ def up(
 ) -> None:
     """Start an emulated device, and say how to log in to it.
 
-    The first time it fetches a Debian root (about 60 MB) and QEMU (about 65 MB) into the cache folder
+    The first time it fetches a Debian root (about 45 MB) and QEMU (about 65 MB) into the cache folder
     with apt's own mirror; nothing is installed on this machine. After that it takes about a second.
     Its processor's instructions are the board's, its speed is not: results say `emulated`, without a latency.
 

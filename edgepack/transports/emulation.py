@@ -78,7 +78,7 @@ class EmulatedDevice:
 
 def devices() -> list[EmulatedDevice]:
     """Those that are up, by name. Needs no root. Raises DeviceError on a state file that is not ours."""
-    return [_device(record) for record in state.read_records() if record.alive()]
+    return [_device(record) for record in state.read_records() if record.ready and record.alive()]
 
 
 def find(name_or_target: str) -> EmulatedDevice:
@@ -169,11 +169,11 @@ def names() -> list[str]:
 
 
 def _sweep(name: str, ip: list[str], say: Say) -> Record | None:
-    """Remove what is left of devices that no longer run; gives `name`'s record when it does run."""
+    """Remove what is left of devices that do not run or were never done; gives `name`'s record when it does run."""
     running = None
     for record in state.read_records():
-        if not record.alive():
-            say(f"removing what is left of {record.name}, which no longer runs")
+        if not (record.ready and record.alive()):
+            say(f"removing what is left of {record.name}, which does not run")
             try:
                 starting.remove(record, ip)
             except DeviceError as error:

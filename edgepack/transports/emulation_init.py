@@ -1,7 +1,8 @@
 """Runs alone as the first process of a device's namespaces, and ends as the device's sshd.
 
-Started as `python3 -I -S emulation_init.py` by `unshare --net --mount --pid ...`; imports nothing of
-edgepack. It writes the line {"pid", "parent"}, as the machine numbers them, and waits for one line:
+Started as `python3 -I -S emulation_init.py NAME` by `unshare --net --mount --pid ...` (the name is for
+those who read `ps`); imports nothing of edgepack. It writes the line {"pid"}, as the machine numbers
+it, and waits for one line:
 
     {"name": str, "lower": folder of the Debian root, "folder": of the device, "ip": [command that runs `ip`],
      "address": str, "files": {path below the root: [mode, text]}, "qemu_cpu": str, "" on a native device}
@@ -103,10 +104,8 @@ def configure_network(ip: list[str], address: str) -> None:
 
 
 def main() -> None:
-    # /proc is still the machine's here, so these are the machine's numbers
-    text = Path("/proc/self/stat").read_text()
-    pid, parent = int(text.split(" ", 1)[0]), int(text.rpartition(")")[2].split()[1])
-    sys.stdout.write(json.dumps({"pid": pid, "parent": parent}) + "\n")
+    # /proc is still the machine's here, so this is the machine's number
+    sys.stdout.write(json.dumps({"pid": int(Path("/proc/self").readlink().name)}) + "\n")
     sys.stdout.flush()
     line = sys.stdin.readline()
     if not line.endswith("\n"):

@@ -38,6 +38,8 @@ def start(record: Record, *, host_private: str, root: Path, ip: list[str]) -> Re
             os.chown(state.key_path(name), int(os.environ["SUDO_UID"]), -1)
         record = _launch(record, root=root, ip=ip, files=_files(record, public=public, host_private=host_private))
         _wait_for_sshd(record)
+        record = replace(record, ready=True)
+        state.write_record(record)
     except BaseException:
         # as written last: _launch may have been interrupted after it knew the process
         remove(next(r for r in state.read_records() if r.name == name), ip)
@@ -49,7 +51,7 @@ def _launch(record: Record, *, root: Path, ip: list[str], files: dict[str, tuple
     """Start the first process in its namespaces and plug it in; gives the record with its number."""
     folder = Path(record.folder)
     argv = ["setsid", "--fork", "unshare", "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
-    argv += [sys.executable, "-I", "-S", str(Path(__file__).with_name("emulation_init.py"))]
+    argv += [sys.executable, "-I", "-S", str(Path(__file__).with_name("emulation_init.py")), record.name]
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0) as process,

@@ -46,8 +46,11 @@ class Record:
     """When that process started, since a number may be in use again for another."""
     boot: str = ""
     """The machine's start that it runs in."""
+    ready: bool = False
+    """Its sshd has answered. One that is alive without was left by an `up` that was killed, or `up` is at it."""
 
     def alive(self) -> bool:
+        """Its first process runs."""
         return self.pid > 0 and self.boot == boot_id() and self.start_ticks == start_ticks(self.pid)
 
 
