@@ -68,12 +68,13 @@ def _defect(error: Exception) -> str:
     """Keep the traceback in a file of its own, and say where."""
     import tempfile
 
-    with tempfile.NamedTemporaryFile("w", prefix="edgepack-crash-", suffix=".log", delete=False) as log:
-        log.write("".join(traceback.format_exception(error)))
-    return (
-        f"a defect of edgepack, not of your input: {type(error).__name__}: {str(error)[:200]}\n"
-        f"the details are in {log.name}; please report them"
-    )
+    what = f"a defect of edgepack, not of your input: {type(error).__name__}: {str(error)[:200]}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="edgepack-crash-", suffix=".log", delete=False) as log:
+            log.write("".join(traceback.format_exception(error)))
+    except OSError as full:
+        return f"{what}\nno details were kept: {full.strerror}"
+    return f"{what}\nthe details are in {log.name}; please report them"
 
 
 if __name__ == "__main__":

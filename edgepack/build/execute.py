@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,9 @@ def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Pat
 def _source(opened: OpenProject, folder: Path) -> dict[str, Path]:
     """The user's model with its external data taken in, as one file."""
     path = folder / "model.onnx"
-    path.write_bytes(serialise(read_model(opened.model_path).model))
+    model = read_model(opened.model_path).model
+    with storage_errors(path):
+        path.write_bytes(serialise(model))
     return {"model": path}
 
 
@@ -125,8 +126,8 @@ def _activations(
     """ONNX models are run in onnxruntime, whatever ships in the end: it is the reference of the format."""
     from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 
-    with tempfile.TemporaryDirectory(dir=bench.store.folder) as folder:
-        path = Path(folder) / "model.onnx"
+    with bench.store.workspace() as folder:
+        path = folder / "model.onnx"
         with storage_errors(path):
             path.write_bytes(serialise(model))
         with bench.session("onnxruntime", None, ONNXRUNTIME_OPTIONS) as session:
@@ -137,6 +138,7 @@ def _feed_files(count: int, opened: OpenProject, folder: Path) -> list[Path]:
     paths = []
     for index in range(min(count, len(opened.calibration))):
         path = folder / f"{index:06}.npz"
-        np.savez(path, allow_pickle=False, **opened.calibration.feed(index))
+        with storage_errors(path):
+            np.savez(path, allow_pickle=False, **opened.calibration.feed(index))
         paths.append(path)
     return paths

@@ -12,7 +12,7 @@ from edgepack.judge.metric import MetricInstance
 from edgepack.judge.metrics import make_metric
 from edgepack.spec.project import Project, load_project
 from edgepack.spec.tensor import TensorSpec
-from edgepack.store import Json, StepRecord, Store, digest_json
+from edgepack.store import Json, StepRecord, Store, digest_file, digest_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,14 @@ class OpenProject:
     @cached_property
     def model_path(self) -> Path:
         return self.root / Path(self.project.model).expanduser()
+
+    @property
+    def target_names(self) -> list[str]:
+        """Those that the project file names; one that is a file is looked for where the project file is."""
+        return [
+            str(self.root / Path(name).expanduser()) if name.endswith(".toml") else name
+            for name in self.project.targets
+        ]
 
     @cached_property
     def model_digest(self) -> str:
@@ -116,8 +124,15 @@ class OpenProject:
 
     @property
     def evaluation_digest(self) -> str:
-        """Of the samples and of the user's own metric, where there is one."""
-        return digest_json({"data": self.evaluation.digest, "metric": self.metric.digest})
+        """Of the samples, and of the files that the metric is made from, where there are any."""
+        charset = self.project.metric.charset
+        return digest_json(
+            {
+                "data": self.evaluation.digest,
+                "metric": self.metric.digest,
+                "charset": digest_file(self.root / Path(charset).expanduser()) if charset else None,
+            }
+        )
 
 
 def open_project(path: Path, store: Store, *, model: Path | None = None) -> OpenProject:

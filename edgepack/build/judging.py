@@ -82,7 +82,7 @@ def _where(plan: BuildPlan) -> str:
 def _verdict(
     plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Workbench, *, fresh: bool
 ) -> dict[str, Json]:
-    key = digest_json({"verdict": plan.key, "files": {**record.files}, "cpu": _cpu()})
+    key = digest_json({"verdict": plan.evidence_key, "files": {**record.files}, "cpu": _cpu()})
     known = None if fresh else bench.store.recall(key)
     if known is None:
         verdict = _measure(plan, record, opened, bench)
@@ -128,7 +128,8 @@ def _golden(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Wor
         int(np.prod([d if isinstance(d, int) else 1 for d in o.shape])) * 4 for o in opened.interface.outputs
     )
     count = golden_count(sum(array.nbytes for array in first.values()) + outputs_bytes, len(opened.calibration))
-    key = digest_json({"golden": 1, "files": {**record.files}, "plan": plan.key, "count": count, "cpu": _cpu()})
+    made_from: dict[str, Json] = {"files": {**record.files}, "inputs": opened.calibration.digest, "count": count}
+    key = digest_json({"golden": plan.evidence_key, **made_from, "cpu": _cpu()})
     known = bench.store.recall(key)
     if known is None:
         feeds = list(

@@ -43,13 +43,22 @@ def read_lock(path: Path) -> dict[str, Locked]:
         table = json.loads(path.read_bytes())
         if table["schema"] != LOCK_SCHEMA:
             raise InputError(f"{path}: schema {table['schema']}; this edgepack reads {LOCK_SCHEMA}: remove the file")
-        return {name: Locked(**entry) for name, entry in table["builds"].items()}
+        return {name: _entry(entry) for name, entry in table["builds"].items()}
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a lock of edgepack ({error}); remove it, or take it back from git") from error
+
+
+def _entry(table: dict[str, object]) -> Locked:
+    """Raises TypeError where a field is missing, not known, or of another type."""
+    kinds = {"model": dict, "verdict": dict | None, "bundle_bytes": int}
+    for name, value in table.items():
+        if not isinstance(value, kinds.get(name, str)):
+            raise TypeError(f"'{name}' is {value!r:.40}")
+    return Locked(**table)  # type: ignore[arg-type]
 
 
 def update_lock(path: Path, name: str, entry: Locked, guard_folder: Path) -> None:

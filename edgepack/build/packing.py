@@ -47,7 +47,10 @@ class Packed:
 
 
 def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench: Workbench) -> Packed:
-    """Write the bundle. Raises GateMissedError where a size budget is missed, ToolchainError, StorageError."""
+    """Write the bundle. Raises GateMissedError where a size budget is missed, ToolchainError, StorageError.
+
+    Budgets are for what is to ship: the fp32 bundle is there for comparison and has none.
+    """
     pin = load_toolchain(plan.recipe.runtime).release_for(
         plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
     )
@@ -62,26 +65,26 @@ def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench
             golden_outputs=bench.store.blob_path(judged.golden_outputs).read_bytes(),
         )
         manifest = _manifest(plan, judged, opened, parts, pin.glibc)
-        budget = _budget(opened, plan.target)
-        where = f"{plan.target.name}"
-        check_budget("the model", manifest.sizes.model, budget["model_mib"], where)
+        budget = _budget(opened, plan)
+        check_budget("the model", manifest.sizes.model, budget["model_mib"], plan.target.name)
         total = sum(entry.bytes for entry in manifest.files.values())
-        check_budget("the bundle", total, budget["bundle_mib"], where)
+        check_budget("the bundle", total, budget["bundle_mib"], plan.target.name)
         return Packed(bundle=write_bundle(path, manifest, parts))
 
 
-def _budget(opened: OpenProject, target: Target) -> dict[str, float | None]:
+def _budget(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
     """The tighter of the project's and the target's limit, for each."""
     found: dict[str, float | None] = {}
+    budgets = () if plan.recipe.precision == "fp32" else (opened.project.budget, plan.target.budget)
     for name in ("model_mib", "bundle_mib", "memory_mib", "latency_ms"):
-        limits = [limit for limit in (getattr(opened.project.budget, name), getattr(target.budget, name)) if limit]
+        limits = [limit for limit in (getattr(each, name) for each in budgets) if limit]
         found[name] = min(limits, default=None)
     return found
 
 
 def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
     entries = file_entries(parts.contents())
-    budget = _budget(opened, plan.target)
+    budget = _budget(opened, plan)
     paths = {role: model_path(path) for role, path in parts.model.items()}
     wheels = tuple(wheel_path(path) for path in parts.wheels)
     bench_defaults = plan.target.bench

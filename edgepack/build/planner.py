@@ -66,6 +66,8 @@ class BuildPlan:
     runtime_version: str
     steps: tuple[Step, ...]
     key: str
+    evidence_key: str
+    """Of what the judge measures and by which rule: unlike `key`, without budgets, bench defaults and names."""
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -121,6 +123,7 @@ def make_plan(project: Project, target: Target, system: System, precision: Preci
         runtime_version=facts.runtime_version,
         steps=tuple(steps),
         key=_plan_key(project, target, system, recipe=recipe, last_step=key, facts=facts),
+        evidence_key=_evidence_key(project, recipe=recipe, last_step=key, facts=facts),
     )
 
 
@@ -141,6 +144,20 @@ def _plan_key(
             "system": system.model_dump(mode="json"),
             "runtime": [recipe.runtime, facts.runtime_version, facts.runtime_wheels],
             "options": [recipe.device_options, recipe.judge_options],
+            "steps": last_step,
+            "evaluation": facts.evaluation,
+        }
+    )
+
+
+def _evidence_key(project: Project, *, recipe: Recipe, last_step: str, facts: PlanFacts) -> str:
+    return digest_json(
+        {
+            "edgepack": facts.edgepack,
+            "metric": project.metric.model_dump(mode="json"),
+            "gate": project.gate.model_dump(mode="json"),
+            "runtime": [recipe.runtime, facts.runtime_version],
+            "options": recipe.judge_options,
             "steps": last_step,
             "evaluation": facts.evaluation,
         }

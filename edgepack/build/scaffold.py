@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
 from edgepack.errors import InputError, UsageError
 from edgepack.spec.load import check, did_you_mean
-from edgepack.spec.project import Project
+from edgepack.spec.project import PROJECT_FILE, Project
 from edgepack.spec.target import load_target
 from edgepack.store import Json, write_atomic
 
@@ -54,7 +54,10 @@ class Written:
     def __str__(self) -> str:
         lines = [f"wrote {self.path}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}"]
         lines += [f"still missing: {each}" for each in self.missing]
-        lines.append("next: edgepack build --target rpi4" if not self.missing else f"fill that in in {self.path}")
+        elsewhere = "" if self.path == Path(PROJECT_FILE) else f" --project {self.path}"
+        lines.append(
+            f"fill that in in {self.path}" if self.missing else f"next: edgepack build --target rpi4{elsewhere}"
+        )
         return "\n".join(lines)
 
 
@@ -68,6 +71,8 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
     model: onnx.ModelProto = read_model(answers.model).model
     for target in answers.targets:
         load_target(target)
+    named = (_reference(path, name) if name.endswith(".toml") else name for name in answers.targets)
+    answers = replace(answers, targets=tuple(named))
     free = free_dimensions(model)
     given = _parse_dimensions(answers.dimensions, free)
     guessed = {name: 1 for name in free if name not in given and name.lower() in BATCH_NAMES}
@@ -112,6 +117,7 @@ def _render(
     path: Path, answers: Answers, written: Written, guessed: dict[str, int], open_dimensions: dict[str, list[str]]
 ) -> str:
     model = os.path.relpath(answers.model.absolute(), path.absolute().parent)
+    metric = answers.metric if answers.metric is None or ":" not in answers.metric else _reference(path, answers.metric)
     name = answers.name or re.sub(r"[^A-Za-z0-9._-]+", "-", answers.model.stem).strip("-._") or "model"
     lines = [
         "# What each key means: `edgepack build --help` and docs/project.md.",
@@ -141,7 +147,7 @@ def _render(
         "# std = 255.0",
         "",
         "[metric]",
-        f"name = {_quoted(answers.metric or 'auto')}",
+        f"name = {_quoted(metric or 'auto')}",
         "",
         "[gate]",
         "max_drop = 0.01  # in the metric's own unit: 0.01 of top1 is one percentage point",
@@ -158,9 +164,14 @@ def _data(path: Path, given: str | None, example: str) -> str:
     """A data line; a path on the command line is relative to the caller, in the file to the file."""
     if given is None:
         return f"data = {_quoted(example)}  # FILL IN: a .npz, a folder of pictures or of .npz, or module.py:function"
+    return f"data = {_quoted(_reference(path, given))}"
+
+
+def _reference(path: Path, given: str) -> str:
+    """A path or module.py:function, from relative to the caller to relative to the project file."""
     file, colon, function = given.partition(":")
     relative = os.path.relpath(Path(file).expanduser().absolute(), path.absolute().parent)
-    return f"data = {_quoted(relative + colon + function)}"
+    return relative + colon + function
 
 
 def _quoted(text: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +18,22 @@ from edgepack.build.lock import Locked, lock_path, read_lock, update_lock
 from edgepack.build.packing import Packed, pack
 from edgepack.build.planner import BuildPlan, PlanFacts, make_plan
 from edgepack.bundle.bundle import SUFFIX, open_bundle
-from edgepack.errors import EdgepackError, GateMissedError, GateUnresolvedError, InputError, VerificationError
+from edgepack.errors import (
+    EdgepackError,
+    GateMissedError,
+    GateUnresolvedError,
+    InputError,
+    UsageError,
+    VerificationError,
+)
 from edgepack.passes import PASSES
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.recipes import Precision, recipe_for
 from edgepack.spec.target import System, Target, load_target
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import digest_file, digest_json, storage_errors
+
+LEFT_OVER_S = 3600.0  # a bundle is written in seconds, to a slow network drive in minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +66,12 @@ class Failed:
     target: str
     error: EdgepackError
 
+    @property
+    def message(self) -> str:
+        """The error, with the target named first where the error does not name it."""
+        text = str(self.error)
+        return text if self.target in text.partition(":")[0] else f"{self.target}: {text}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:
@@ -72,30 +90,50 @@ def build(opened: OpenProject, targets: Sequence[str], options: BuildOptions, be
 
     Raises InputError for what is wrong with the project, its model or its data, before any work.
     """
-    chosen = [load_target(name) for name in dict.fromkeys(targets)]
+    chosen = chosen_targets(targets)
     opened.check()
     _check_output(options.output)
     built: list[Built] = []
     failed: list[Failed] = []
     for target in chosen:
         try:
-            built += build_target(opened, target, options, bench)
-        except (GateMissedError, GateUnresolvedError) as error:
-            bundle_path(opened, target, options, "int8").unlink(missing_ok=True)  # an old one must not pass for new
-            failed.append(Failed(target=target.name, error=error))
+            for precision in precisions(baseline=options.baseline):
+                built.append(build_target(opened, target, precision, options, bench))
         except EdgepackError as error:
             failed.append(Failed(target=target.name, error=error))
     return BuildReport(built=tuple(built), failed=tuple(failed))
 
 
-def build_target(opened: OpenProject, target: Target, options: BuildOptions, bench: Workbench) -> list[Built]:
-    """The int8 bundle of a target and, where asked for, the fp32 one. Raises EdgepackError."""
-    system = target.os_named(options.os_name)
-    precisions: list[Precision] = ["int8", "fp32"] if options.baseline else ["int8"]
-    return [
-        _build_one(opened, plan_for(opened, target, system, precision, bench), options, bench)
-        for precision in precisions
-    ]
+def chosen_targets(names: Sequence[str]) -> list[Target]:
+    """The targets of these names, each once. Raises InputError, and UsageError where two would make one bundle."""
+    chosen: dict[str, Target] = {}
+    for name in names:
+        target = load_target(name)
+        if chosen.setdefault(target.name, target) != target:
+            raise UsageError(
+                f"--target {name}: its name is '{target.name}', that of another target of this build, and so would its "
+                "bundle's be: give it a name of its own, or build one after the other"
+            )
+    return list(chosen.values())
+
+
+def precisions(*, baseline: bool) -> tuple[Precision, ...]:
+    """What is built for each target, in this order: the baseline is there to be compared with what ships."""
+    return ("int8", "fp32") if baseline else ("int8",)
+
+
+def build_target(
+    opened: OpenProject, target: Target, precision: Precision, options: BuildOptions, bench: Workbench
+) -> Built:
+    """One bundle of a target. Raises EdgepackError; where its gate is missed, an older bundle is removed too."""
+    plan = plan_for(opened, target, target.os_named(options.os_name), precision, bench)
+    try:
+        return _build_one(opened, plan, options, bench)
+    except (GateMissedError, GateUnresolvedError):
+        path = bundle_path(opened, target, options, precision)
+        with storage_errors(path):
+            path.unlink(missing_ok=True)  # an old one must not pass for new
+        raise
 
 
 def plan_for(opened: OpenProject, target: Target, system: System, precision: Precision, bench: Workbench) -> BuildPlan:
@@ -175,10 +213,17 @@ def _built(opened: OpenProject, plan: BuildPlan, path: Path, locked: Locked, *, 
 
 def _check_output(folder: Path) -> None:
     """Raises StorageError, or InputError where `folder` is a file, before work is done."""
-    import tempfile
-
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected the folder that bundles go to")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds left half written. One that is being written is younger than LEFT_OVER_S."""
+    for part in folder.glob(f".*{SUFFIX}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another build sweeps too
+            if time.time() - part.stat().st_mtime > LEFT_OVER_S:
+                part.unlink()

@@ -48,24 +48,26 @@ def build(
     """
     from edgepack.build.execute import Workbench
     from edgepack.build.inputs import open_project
-    from edgepack.build.search import BuildOptions, build, plan_for
+    from edgepack.build.search import BuildOptions, build, chosen_targets, plan_for, precisions
     from edgepack.errors import UsageError
     from edgepack.report.tables import build_document, build_table
-    from edgepack.spec.target import load_target
     from edgepack.store import Store, cache_folder
 
     store = Store(cache_folder())
     opened = open_project(project, store, model=model)
     if accept_unresolved:
         opened = _accepting(opened)
-    names = target or list(opened.project.targets)
+    names = target or opened.target_names
     if not names:
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     bench = Workbench(store=store, say=say)
     if dry_run:
         opened.check()
-        chosen = [load_target(name) for name in names]
-        plans = [plan_for(opened, each, each.os_named(os), "int8", bench) for each in chosen]
+        plans = [
+            plan_for(opened, each, each.os_named(os), precision, bench)
+            for each in chosen_targets(names)
+            for precision in precisions(baseline=baseline)
+        ]
         if as_json:
             show_json({"plans": [plan.to_json() for plan in plans]})
         else:
@@ -78,7 +80,7 @@ def build(
     elif report.built:
         typer.echo(build_table(report))
     for failure in report.failed:
-        say(f"edgepack: error: {failure.target}: {failure.error}")
+        say(f"edgepack: error: {failure.message}")
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import numpy as np
 
-from edgepack.errors import InputError
+from edgepack.errors import DeviceError, InputError, StorageError, ToolchainError
 from edgepack.judge.data_set import Feed
 from edgepack.protocol import ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
@@ -44,7 +44,8 @@ class RuntimeSession:
     ) -> Iterator[Feed]:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
-        Raises InputError where the runtime cannot load or run the model, DeviceError when it dies.
+        Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
+        is full, and ToolchainError when the runtime dies: no device is at fault here.
         """
         model = ModelRef(
             runtime=self._runtime,
@@ -68,7 +69,15 @@ class RuntimeSession:
             except RunnerError as error:
                 if error.failure in ("runtime", "bad-request"):
                     raise InputError(f"the model cannot be run: {error}") from error
-                raise
+                if error.failure == "storage":
+                    raise StorageError(
+                        f"{output}: cannot be written: {error}; free some space and run again"
+                    ) from error
+                raise ToolchainError(f"{self._runtime} failed on this machine: {error}") from error
+            except DeviceError as error:
+                raise ToolchainError(
+                    f"{self._runtime} ended on this machine while it ran the model: {error}"
+                ) from error
             with np.load(output, allow_pickle=False) as stacked:
                 outputs = {name: stacked[name] for name in stacked.files}
         finally:

@@ -29,7 +29,7 @@ def build_document(report: BuildReport) -> dict[str, Json]:
                 "target": failure.target,
                 "exit_code": failure.error.exit_code,
                 "kind": failure.error.kind,
-                "error": str(failure.error),
+                "error": failure.message,
             }
             for failure in report.failed
         ],
@@ -66,7 +66,9 @@ def _bundle_row(built: Built) -> dict[str, Json]:
 
 def build_table(report: BuildReport) -> str:
     """One row a bundle, fp32 and compressed side by side, and below it what was done and where it was judged."""
-    table = _table("target", "model", "fp32", "here", "smaller", "metric", "fp32", "here", "drop, 95 % interval", "gate")
+    table = _table(
+        "target", "model", "fp32", "here", "smaller", "metric", "fp32", "here", "drop, 95 % interval", "gate"
+    )
     lines: list[str] = []
     for built in report.built:
         verdict = built.locked.verdict
@@ -83,7 +85,9 @@ def build_table(report: BuildReport) -> str:
         lines.append(f"{built.path} ({built.locked.bundle_bytes / MIB:.1f} MiB, {state})")
         lines.append(f"  {' -> '.join(step.pass_name for step in built.plan.steps)}")
         if verdict:
-            lines.append(f"  judged in {built.locked.judged_in}, {verdict['samples']} samples{_agreement_note(verdict)}")
+            lines.append(
+                f"  judged in {built.locked.judged_in}, {verdict['samples']} samples{_agreement_note(verdict)}"
+            )
             if built.plan.recipe.note:
                 lines.append(f"  {built.plan.recipe.note}")
     return "\n".join([_text(table), *lines])
