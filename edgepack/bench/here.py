@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from edgepack.bench.machine import cpu_flags
+from edgepack.bench.machine import cpu_flags, pci_ids
 from edgepack.spec.target import Target
 
 
@@ -18,6 +18,12 @@ def missing_here(target: Target) -> tuple[str, ...]:
     except OSError:
         return ("/proc/cpuinfo",)
     missing = [flag for flag in target.cpu.flags if flag not in have]
-    if target.accelerator is not None and not list(Path("/dev/accel").glob("accel*")):
-        missing.append(target.accelerator.kind)
+    if target.accelerator is not None and not set(target.accelerator.pci_ids) & set(_accelerators()):
+        missing.append(f"{target.accelerator.kind} {target.accelerator.platform}")
     return tuple(missing)
+
+
+def _accelerators() -> tuple[str, ...]:
+    root = Path("/sys/class/accel")
+    files = [path for name in ("vendor", "device") for path in root.glob(f"accel*/device/{name}") if path.is_file()]
+    return pci_ids({str(path): path.read_text(encoding="utf-8", errors="replace") for path in files})

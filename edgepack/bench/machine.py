@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgepack.bundle.bundle import Bundle
@@ -43,6 +43,8 @@ PROBE_FILES = (
     "/proc/device-tree/model",
     "/etc/os-release",
     "/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+    "/sys/class/accel/accel*/device/vendor",
+    "/sys/class/accel/accel*/device/device",
 )
 PROBE_COMMANDS = (("uname", "-sr"), ("vcgencmd", "get_throttled"))
 
@@ -89,6 +91,8 @@ class Machine:
     governors: tuple[str, ...]
     has_vcgencmd: bool
     cpu_flags: frozenset[str]
+    accelerators: tuple[str, ...] = ()
+    """`8086:7d1d`: PCI vendor and device of each driver's /sys/class/accel entry."""
 
 
 def make_contact(bundle: Bundle, transport: Transport) -> Contact:
@@ -169,12 +173,14 @@ def read_machine(transport: Transport, contact: Contact, probe: Probe) -> Machin
         governors=tuple(sorted(governors)),
         has_vcgencmd=probe.commands.get("vcgencmd get_throttled") is not None,
         cpu_flags=cpu_flags(cpuinfo),
+        accelerators=pci_ids(probe.files),
     )
 
 
 def check_machine(bundle: Bundle, machine: Machine) -> tuple[str, ...]:
     """Raises UnsupportedError when instructions are missing; gives what else differs from the target, as notes."""
     target = bundle.manifest.target
+    _check_accelerator(bundle, machine)
     if not machine.cpu_flags:
         return (
             f"the processor's instructions could not be read; {target.name} asks for {', '.join(target.cpu_flags)}",
@@ -189,6 +195,31 @@ def check_machine(bundle: Bundle, machine: Machine) -> tuple[str, ...]:
     if target.memory_mib is not None and machine.memory_mib is not None and machine.memory_mib < target.memory_mib // 2:
         return (f"{machine.memory_mib} MiB of memory; {target.name} has {target.memory_mib}",)
     return ()
+
+
+def _check_accelerator(bundle: Bundle, machine: Machine) -> None:
+    """An NPU's bundle needs that very NPU and its driver."""
+    wanted = bundle.manifest.target.accelerator
+    if wanted is None:
+        return
+    listed = wanted.get("pci_ids")
+    ids = [str(each) for each in listed] if isinstance(listed, list) else []
+    if not set(ids) & set(machine.accelerators):
+        found = ", ".join(machine.accelerators) or "none with a driver (nothing in /sys/class/accel)"
+        raise UnsupportedError(
+            f"{machine.name}: {bundle.path.name} needs the accelerator {wanted.get('kind')} {wanted.get('platform')} "
+            f"(PCI {', '.join(ids)}); found {found}; install its driver, or build for a target that this machine has"
+        )
+
+
+def pci_ids(files: Mapping[str, str | None]) -> tuple[str, ...]:
+    """`vendor:device` of each accelerator, from the texts of its two files below /sys/class/accel."""
+    found = []
+    for path, vendor in sorted(files.items()):
+        if path.endswith("/device/vendor") and vendor:
+            device = files.get(f"{path.removesuffix('vendor')}device") or ""
+            found.append(f"{vendor.strip().removeprefix('0x')}:{device.strip().removeprefix('0x')}")
+    return tuple(found)
 
 
 def _pairs(text: str, separator: str) -> Iterable[tuple[str, str]]:

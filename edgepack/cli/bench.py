@@ -39,10 +39,12 @@ def bench(
       edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --json
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
     """
+    from edgepack.bench.install import ROOT
     from edgepack.bench.result import require_budgets
     from edgepack.bench.run import benchmark
     from edgepack.bundle.bundle import open_bundle
     from edgepack.report.tables import bench_page
+    from edgepack.store import cache_folder
     from edgepack.transports.resolve import open_transport
 
     opened = open_bundle(bundle)
@@ -56,6 +58,7 @@ def bench(
             warmup=warmup,
             runs=runs,
             seconds=seconds,
+            root=str(cache_folder() / "device") if device == "local" else ROOT,
             say=say,
             progress=lambda path, done, total: Meter(f"uploading {path}")(done, total),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepack.bench.machine import Contact, check_machine, make_contact, read_machine
+from edgepack.bench.machine import Contact, check_machine, make_contact, pci_ids, read_machine
 from edgepack.bundle.bundle import Bundle
 from edgepack.errors import DeviceError, UnsupportedError
 from edgepack.protocol import CommandOutput, Probe
@@ -134,3 +134,38 @@ def test_a_board_is_read_from_its_files(bundle: Bundle, tmp_path: Path) -> None:
 def test_instructions_that_cannot_be_read_are_noted(bundle: Bundle, tmp_path: Path) -> None:
     machine = read_machine(device(tmp_path), CONTACT, probe({"/proc/cpuinfo": None}))
     assert check_machine(bundle, machine) == ("the processor's instructions could not be read; rpi4 asks for asimd",)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [((), "none with a driver"), (("8086:643e",), "found 8086:643e"), (("8086:7d1d",), None)],
+)
+def test_an_npus_bundle_is_refused_where_that_npu_is_not(
+    tmp_path: Path, found: tuple[str, ...], message: str | None
+) -> None:
+    npu = {"kind": "npu", "platform": "3720", "device": "NPU", "pci_ids": ["8086:7d1d"]}
+    bundle = make_bundle(
+        tmp_path / "npu", wheels=(), changes={"requires": REQUIRES, "target": {**TARGET, "accelerator": npu}}
+    )
+    files: dict[str, str | None] = {"/proc/cpuinfo": "Features : fp asimd crc32\n"}
+    for index, pci_id in enumerate(found):
+        vendor, device_id = pci_id.split(":")
+        files[f"/sys/class/accel/accel{index}/device/vendor"] = f"0x{vendor}\n"
+        files[f"/sys/class/accel/accel{index}/device/device"] = f"0x{device_id}\n"
+    contact = Contact(machine="aarch64", python="/usr/bin/python3")
+    machine = read_machine(FakeTransport(tmp_path, name="board"), contact, probe(files))
+    if message is None:
+        check_machine(bundle, machine)
+    else:
+        with pytest.raises(UnsupportedError, match=message):
+            check_machine(bundle, machine)
+
+
+def test_the_pci_ids_of_accelerators_are_read_from_sys() -> None:
+    files = {
+        "/sys/class/accel/accel0/device/vendor": "0x8086\n",
+        "/sys/class/accel/accel0/device/device": "0x7d1d\n",
+        "/sys/class/accel/accel1/device/vendor": None,
+        "/proc/meminfo": "MemTotal: 1 kB",
+    }
+    assert pci_ids(files) == ("8086:7d1d",)
