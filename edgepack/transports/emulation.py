@@ -122,9 +122,9 @@ def up(target: str, *, name: str | None = None, os: str = "debian-12", say: Say)
                 )
             say(f"{name} is already up")
             return _device(running)
-        model, binfmt = MODELS[target], ""
+        model, qemu = MODELS[target], None
         if model.program:
-            binfmt = host.register(roots.make_qemu(cache=cache, codename=codename, say=say) / model.program, say)
+            qemu = roots.make_qemu(cache=cache, codename=codename, say=say) / model.program
         root = roots.make_root(os, model.architecture, cache=cache, codename=codename, say=say)
         say(f"starting {name}: {target}, {model.cpu}, {os}")
         interface, address = starting.free_address(ip)
@@ -138,9 +138,9 @@ def up(target: str, *, name: str | None = None, os: str = "debian-12", say: Say)
             host_key=host_public,
             folder=str(cache / "devices" / name),
             interface=interface,
-            binfmt=binfmt,
+            binfmt=host.binfmt_name(qemu) if qemu else "",
         )
-        return _device(starting.start(record, host_private=host_private, root=root, ip=ip))
+        return _device(starting.start(record, host_private=host_private, root=root, qemu=qemu, ip=ip, say=say))
 
 
 def down(name: str, say: Say) -> None:
@@ -155,12 +155,11 @@ def down(name: str, say: Say) -> None:
         if name not in records:
             up_now = f"up now: {', '.join(records)}" if records else "none is up"
             raise DeviceError(f"no emulated device '{name}' is up; {up_now}")
-        record = records.pop(name)
+        record = records[name]
         state.refuse_mounts(Path(record.folder))
         say(f"stopping {name} and deleting what it wrote")
-        starting.remove(record, roots.make_ip(cache=host.cache_folder(), codename=_codename(), say=say))
-        if all(other.binfmt != record.binfmt for other in records.values()):
-            host.unregister(record.binfmt, say)
+        ip = roots.make_ip(cache=host.make_cache_folder(), codename=_codename(), say=say)
+        starting.remove(record, ip, say)
 
 
 def names() -> list[str]:
@@ -175,7 +174,7 @@ def _sweep(name: str, ip: list[str], say: Say) -> Record | None:
         if not (record.ready and record.alive()):
             say(f"removing what is left of {record.name}, which does not run")
             try:
-                starting.remove(record, ip)
+                starting.remove(record, ip, say)
             except DeviceError as error:
                 if record.name == name:
                     raise

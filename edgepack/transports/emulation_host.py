@@ -86,8 +86,8 @@ def binfmt_name(qemu: Path) -> str:
     return f"edgepack-{qemu.name.removeprefix('qemu-')}-{key}"
 
 
-def register(qemu: Path, say: Say) -> str:
-    """Let the kernel run foreign programs by `qemu`; gives the registration's name.
+def register(qemu: Path, say: Say) -> None:
+    """Let the kernel run foreign programs by `qemu`.
 
     The newest registration wins, so one of Debian's own packages is not in the way. Raises DeviceError
     when this kernel or container does not allow it.
@@ -112,7 +112,6 @@ def register(qemu: Path, say: Say) -> str:
             (BINFMT / "register").write_bytes(binfmt_rule(name, qemu))
     except OSError as error:
         raise DeviceError(f"{BINFMT}: {qemu} cannot be registered: {error.strerror}; is this a container?") from error
-    return name
 
 
 def unregister(name: str, say: Say) -> None:

@@ -119,7 +119,7 @@ def make_ip(*, cache: Path, codename: str, say: Say) -> list[str]:
     root = _cached(cache / "tools" / codename, build)
     # through its own dynamic loader, so that it runs with the libraries it was unpacked with
     libraries = f"{root}/usr/lib/x86_64-linux-gnu:{root}/lib/x86_64-linux-gnu"
-    return [f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, f"{root}/sbin/ip"]
+    return [f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, f"{root}/usr/bin/ip"]
 
 
 def _cached(place: Path, build: Callable[[Path], None]) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from edgepack.errors import DeviceError
 from edgepack.transports import emulation_host as host
 from edgepack.transports import emulation_state as state
+from edgepack.transports.emulation_debian import Say
 from edgepack.transports.emulation_state import Record
 
 READY_TIMEOUT_S = 60.0  # 0.3 to 1.5 s measured; a loaded machine takes longer
@@ -23,13 +24,15 @@ NATIVE = "native"
 """The `cpu` of a device that is not emulated."""
 
 
-def start(record: Record, *, host_private: str, root: Path, ip: list[str]) -> Record:
+def start(record: Record, *, host_private: str, root: Path, qemu: Path | None, ip: list[str], say: Say) -> Record:
     """Make the device and wait until its sshd answers; nothing of it is left when that fails."""
     public, private = make_key()
     folder, name = Path(record.folder), record.name
     state.remove_tree(folder)
     state.write_record(record)  # before anything is made: whoever comes after a crash finds what to remove
     try:
+        if qemu is not None:
+            host.register(qemu, say)
         for part in ("upper", "work", "root"):
             (folder / part).mkdir(parents=True)
         state.write_file(state.key_path(name), private, mode=0o600)
@@ -42,7 +45,7 @@ def start(record: Record, *, host_private: str, root: Path, ip: list[str]) -> Re
         state.write_record(record)
     except BaseException:
         # as written last: _launch may have been interrupted after it knew the process
-        remove(next(r for r in state.read_records() if r.name == name), ip)
+        remove(next(r for r in state.read_records() if r.name == name), ip, say)
         raise
     return record
 
@@ -146,9 +149,11 @@ def _log_tail(record: Record) -> str:
     return "(no log)"
 
 
-def remove(record: Record, ip: list[str]) -> None:
-    """Everything of the device, its record last."""
+def remove(record: Record, ip: list[str], say: Say) -> None:
+    """Everything of the device; its emulator's registration goes with the last device that needs it."""
     state.kill(record)
     host.unplug(ip, record.interface)
     state.remove_tree(Path(record.folder))
+    if all(other.binfmt != record.binfmt for other in state.read_records() if other.name != record.name):
+        host.unregister(record.binfmt, say)
     state.forget(record.name)
