@@ -1,0 +1,131 @@
+"""The main job to its end: the example is built, and runs on an emulated Cortex-A72 and on a native x86 sshd."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepack.errors import DeviceError
+from edgepack.transports import emulation, emulation_host
+
+pytestmark = pytest.mark.full
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion-mnist"
+NAME = f"t{os.getpid()}"
+
+
+def edgepack(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgepack", *arguments], cwd=cwd, text=True, capture_output=True, check=False
+    )
+
+
+def document(*arguments: str, cwd: Path) -> Any:
+    done = edgepack(*arguments, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with its bundles for a Pi 4 and for any x86 with AVX2."""
+    try:
+        emulation_host.require_machine()
+    except DeviceError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"emulated devices have to work here: {error}")
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("example") / "fashion-mnist"
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("dist", "*.lock"))
+    built = document("build", "--target", "rpi4", "--target", "x86-avx2", "--os", "debian-12", cwd=folder)
+    assert [bundle["answer"] for bundle in built["bundles"]] == ["passed", "passed"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rpi4(project: Path) -> Iterator[str]:
+    yield from _up("rpi4", project)
+
+
+def _up(target: str, project: Path) -> Iterator[str]:
+    name = f"{NAME}-{target}"
+    document("device", "emulate", "up", target, "--name", name, cwd=project)
+    try:
+        yield f"emulated:{name}"
+    finally:
+        emulation.down(name, print)
+
+
+def test_the_example_passes_health_on_an_emulated_cortex_a72_with_the_bundles_own_runtime(
+    project: Path, rpi4: str
+) -> None:
+    result = document("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", rpi4, cwd=project)
+    assert result["device"]["machine"] == "aarch64"
+    assert result["device"]["cpu_model"] == "Cortex-A72"
+    assert result["health"]["passed"]
+    assert result["health"]["outputs"]["y"]["shape"] == [4, 1, 10]
+    assert result["verdict"]["kind"] == "emulated"
+    assert result["emulated"] and result["latency_ms"] is None and result["samples"] is None
+
+
+def test_an_emulated_device_never_shows_a_latency_in_the_text_either(project: Path, rpi4: str) -> None:
+    done = edgepack("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", rpi4, cwd=project)
+    assert done.returncode == 0
+    assert "an emulated device has no latency" in done.stdout
+    assert " ms" not in done.stdout
+
+
+def test_nothing_is_uploaded_twice(project: Path, rpi4: str) -> None:
+    first = edgepack("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", rpi4, cwd=project)
+    again = edgepack("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", rpi4, cwd=project)
+    assert first.returncode == again.returncode == 0
+    assert "uploading" not in again.stderr
+
+
+def test_a_bundle_of_another_architecture_is_refused_before_anything_is_sent(project: Path, rpi4: str) -> None:
+    done = edgepack("bench", "dist/fashion-mnist-x86-avx2.edgepack", "--device", rpi4, "--json", cwd=project)
+    assert done.returncode == 4
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "unsupported"
+    assert "is aarch64" in error["message"] and "built for x86_64" in error["message"]
+
+
+def test_a_device_with_another_python_is_refused_with_the_build_that_fits(project: Path) -> None:
+    for device in _up_other_debian(project):
+        done = edgepack("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", device, "--json", cwd=project)
+        assert done.returncode == 4
+        message = json.loads(done.stdout)["error"]["message"]
+        assert "needs Python 3.11" in message and "--os (debian-13)" in message
+        built = document("build", "--target", "rpi4", "--os", "debian-13", "-o", "dist-13", cwd=project)
+        assert built["bundles"][0]["os"] == "debian-13"
+        result = document("bench", "dist-13/fashion-mnist-rpi4.edgepack", "--device", device, cwd=project)
+        assert result["health"]["passed"] and result["device"]["python"].startswith("3.13")
+
+
+def _up_other_debian(project: Path) -> Iterator[str]:
+    name = f"{NAME}-trixie"
+    document("device", "emulate", "up", "rpi4", "--name", name, "--os", "debian-13", cwd=project)
+    try:
+        yield f"emulated:{name}"
+    finally:
+        emulation.down(name, print)
+
+
+def test_a_native_device_is_timed_over_its_sshd(project: Path) -> None:
+    for device in _up("native", project):
+        result = document(
+            "bench", "dist/fashion-mnist-x86-avx2.edgepack", "-d", device, "--runs", "50", "--seconds", "1", cwd=project
+        )
+        assert result["health"]["passed"] and not result["emulated"]
+        assert result["latency_ms"]["p50"] > 0
+        assert result["samples"]["count"] >= 50
+        assert result["verdict"]["kind"] in ("valid", "suspect", "invalid")
+        assert result["memory_mib"] > 0
