@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepack.errors import DeviceError
+from edgepack.errors import DeviceError, EdgepackError, StorageError
 
 Say = Callable[[str], None]
 """Told what is being done, one line a step."""
@@ -134,7 +134,7 @@ def unpack(packages: Sequence[str], *, suite: str, architecture: str, source: So
     """Fetch `packages` and all they depend on, and unpack them into the existing folder `into`.
 
     Debian's merged /usr is laid out first: bin, sbin, lib (and lib64 on amd64) are links into usr.
-    Raises DeviceError with what apt said.
+    Raises DeviceError with what apt said, and StorageError when the disk is full.
     """
     with tempfile.TemporaryDirectory(prefix=".apt-", dir=into.parent) as name:
         work = Path(name)
@@ -155,11 +155,11 @@ def _unpack_deb(deb: Path, into: Path) -> None:
         done = subprocess.run(tar, stdin=reader.stdout, stderr=subprocess.PIPE, text=True, check=False)
     if reader.returncode != 0 or done.returncode != 0:
         said = done.stderr.strip()[-300:]
-        raise DeviceError(f"{deb.name}: cannot be unpacked below {into}: {said}; is the disk full?")
+        raise _failure(f"{deb.name}: cannot be unpacked below {into}: {said}")
 
 
 def _download(packages: Sequence[str], *, suite: str, architecture: str, source: Source, work: Path) -> list[Path]:
-    for folder in ("lists/partial", "cache/archives/partial", "state"):
+    for folder in ("lists/partial", "cache/archives/partial", "state", "none"):
         (work / folder).mkdir(parents=True)
     (work / "status").touch()
     signed_by = f"Signed-By: {source.signed_by}\n" if source.signed_by else ""
@@ -193,9 +193,9 @@ APT::Sandbox::User "root";
 Acquire::Languages "none";
 Acquire::Retries "3";
 Dir::Etc::SourceList "{work}/edgepack.sources";
-Dir::Etc::SourceParts "-";
-Dir::Etc::Preferences "-";
-Dir::Etc::PreferencesParts "-";
+Dir::Etc::SourceParts "{work}/none";
+Dir::Etc::Preferences "{work}/none/preferences";
+Dir::Etc::PreferencesParts "{work}/none";
 Dir::State "{work}/state";
 Dir::State::Lists "{work}/lists";
 Dir::State::status "{work}/status";
@@ -214,4 +214,12 @@ def _run_apt(argv: Sequence[str], failure: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise DeviceError(f"{failure}: apt-get was not done in {APT_TIMEOUT_S:.0f} s") from error
     if done.returncode != 0:
-        raise DeviceError(f"{failure}; apt-get says: {(done.stderr or done.stdout).strip()[-1000:]}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        errors = [line for line in lines if line.startswith("E:")]  # the rest are warnings that hide them
+        raise _failure(f"{failure}; apt-get says: {' '.join(errors or lines)[-1000:]}")
+
+
+def _failure(message: str) -> EdgepackError:
+    """A full disk is the machine's trouble and has its own exit code; all else is the device's."""
+    full = "enough free space" in message or "No space left" in message
+    return StorageError(f"{message}; EDGEPACK_CACHE names another place") if full else DeviceError(message)

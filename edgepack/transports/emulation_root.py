@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgepack.errors import DeviceError
+from edgepack.errors import DeviceError, StorageError
 from edgepack.transports import emulation_debian as debian
 from edgepack.transports.emulation_debian import CODENAMES, Say
 from edgepack.transports.emulation_state import remove_tree
@@ -125,9 +125,14 @@ def make_ip(*, cache: Path, codename: str, say: Say) -> list[str]:
 def _cached(place: Path, build: Callable[[Path], None]) -> Path:
     """`place`, built by `build` in a folder beside it unless it is there."""
     if not place.is_dir():
-        with _beside(place) as folder:
-            build(folder)
-            folder.rename(place)
+        try:
+            with _beside(place) as folder:
+                build(folder)
+                folder.rename(place)
+        except OSError as error:
+            raise StorageError(
+                f"{place}: cannot be made: {error.strerror}; EDGEPACK_CACHE names another place"
+            ) from error
     return place
 
 

@@ -166,6 +166,53 @@ def test_another_system_is_refused_by_its_name() -> None:
         emulation_root.host_codename('ID=ubuntu\nVERSION_CODENAME=noble\nPRETTY_NAME="Ubuntu 24.04"\n')
 
 
+def make_qemu_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, codename: str, available: set[str]
+) -> tuple[Path, list[str], list[str]]:
+    """make_qemu on a machine whose mirror has only the suites `available`: (folder, suites asked for, lines said)."""
+    asked: list[str] = []
+    said: list[str] = []
+
+    def unpack(_packages: list[str], *, suite: str, into: Path, **_: object) -> None:
+        asked.append(suite)
+        if suite not in available:
+            raise DeviceError(f"no {suite} here")
+        (into / "usr/bin").mkdir(parents=True)
+        for name in ("qemu-aarch64", "qemu-arm", "qemu-riscv64"):
+            (into / "usr/bin" / name).write_text(suite)
+
+    monkeypatch.setattr(emulation_debian, "unpack", unpack)
+    monkeypatch.setattr(emulation_debian, "read_sources", lambda: parse_deb822(DEB822))
+    return emulation_root.make_qemu(cache=tmp_path, codename=codename, say=said.append), asked, said
+
+
+def test_on_debian_12_qemu_comes_from_backports_and_is_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, asked, _ = make_qemu_with(tmp_path, monkeypatch, codename="bookworm", available={"bookworm-backports"})
+    assert asked == ["bookworm-backports"]
+    assert sorted(path.name for path in place.iterdir()) == ["qemu-aarch64", "qemu-arm"]
+    again, asked, said = make_qemu_with(tmp_path, monkeypatch, codename="bookworm", available=set())
+    assert (again, asked, said) == (place, [], [])
+
+
+def test_a_mirror_without_backports_gives_debian_13s_qemu_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, asked, said = make_qemu_with(tmp_path, monkeypatch, codename="bookworm", available={"trixie"})
+    assert asked == ["bookworm-backports", "trixie"]
+    assert (place / "qemu-aarch64").read_text() == "trixie"
+    assert any(
+        "bookworm-backports did not give it (no bookworm-backports here); trying trixie" in line for line in said
+    )
+
+
+def test_a_mirror_with_no_qemu_at_all_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match="no trixie here"):
+        make_qemu_with(tmp_path, monkeypatch, codename="bookworm", available=set())
+    assert list((tmp_path / "qemu").iterdir()) == []
+
+
 def test_mounts_below_a_folder_are_found_and_a_longer_name_beside_it_is_not() -> None:
     assert mounts_below(Path("/srv/cache/devices/rpi4"), MOUNTINFO) == ["/srv/cache/devices/rpi4/upper/etc"]
     assert mounts_below(Path("/srv/cache/devices/rpi4/upper/etc"), MOUNTINFO) == ["/srv/cache/devices/rpi4/upper/etc"]
