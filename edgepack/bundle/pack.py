@@ -37,7 +37,7 @@ class Parts:
     golden_outputs: bytes
 
     def contents(self) -> dict[str, Content]:
-        files: dict[str, Content] = {model_path(role, path): path for role, path in self.model.items()}
+        files: dict[str, Content] = {model_path(path): path for path in self.model.values()}
         files |= {wheel_path(path): path for path in self.wheels}
         files |= {RUNNER: self.runner, GOLDEN_INPUTS: self.golden_inputs, GOLDEN_OUTPUTS: self.golden_outputs}
         return dict(sorted(files.items()))
@@ -48,8 +48,8 @@ GOLDEN_INPUTS = "golden/inputs.npz"
 GOLDEN_OUTPUTS = "golden/outputs.npz"
 
 
-def model_path(role: str, path: Path) -> str:
-    return f"model/{role}{path.suffix}"
+def model_path(path: Path) -> str:
+    return f"model/{path.name}"
 
 
 def wheel_path(path: Path) -> str:
