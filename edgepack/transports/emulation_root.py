@@ -16,7 +16,7 @@ from pathlib import Path
 from edgepack.errors import DeviceError, StorageError
 from edgepack.transports import emulation_debian as debian
 from edgepack.transports.emulation_debian import CODENAMES, Say
-from edgepack.transports.emulation_state import remove_tree
+from edgepack.transports.emulation_state import read_records, remove_tree
 
 RECIPE = "1"
 """Part of a root's name: raise it when what stands below makes another root."""
@@ -52,6 +52,10 @@ def make_root(os: str, architecture: str, *, cache: Path, codename: str, say: Sa
         source = debian.source_for(suite, debian.read_sources(), codename)
         debian.unpack(PACKAGES, suite=suite, architecture=architecture, source=source, into=root, say=say)
         _finish_root(root)
+        in_use = {Path(record.folder, "lower").resolve() for record in read_records()}
+        for old in place.parent.glob(f"{os}-{architecture}-*"):  # of an older recipe
+            if old.resolve() not in in_use:
+                remove_tree(old)
 
     return _cached(place, build)
 

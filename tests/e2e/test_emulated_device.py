@@ -286,6 +286,24 @@ def test_down_refuses_while_something_of_the_machine_is_mounted_below(up: Up, tm
     assert (tmp_path / "precious").read_text() == "of the machine"
 
 
+def test_deleting_a_devices_folder_while_it_is_up_deletes_nothing_else(up: Up) -> None:
+    device = up("native", name="deleted")
+    root = (Path(record_of(device).folder) / "lower").resolve()
+    count = sum(1 for _ in root.rglob("*"))
+    subprocess.run(["rm", "-rf", record_of(device).folder], check=True)
+    assert sum(1 for _ in root.rglob("*")) == count
+    assert Path("/dev/null").is_char_device()
+    assert Path("/usr/bin").is_dir()
+    emulation.down(device.name, print)
+
+
+def test_the_one_who_called_sudo_can_log_in(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_UID", "65534")
+    device = up("native", name="sudo")
+    assert device.key_path.stat().st_uid == 65534
+    assert device.key_path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_device_whose_processes_were_killed_is_cleared_away_by_the_next_up(up: Up) -> None:
     device = up("rpi4", name="killed")
     record = record_of(device)

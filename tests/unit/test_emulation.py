@@ -213,6 +213,24 @@ def test_a_mirror_with_no_qemu_at_all_leaves_nothing_behind(tmp_path: Path, monk
     assert list((tmp_path / "qemu").iterdir()) == []
 
 
+def test_a_root_of_an_older_recipe_goes_unless_a_device_stands_on_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation_root, "read_records", emulation_state.read_records)
+    monkeypatch.setattr(emulation_debian, "unpack", lambda *_, **__: None)
+    monkeypatch.setattr(emulation_debian, "read_sources", lambda: parse_deb822(DEB822))
+    monkeypatch.setattr(emulation_root, "_finish_root", lambda root: (root / "new").touch())
+    for name in ("debian-12-arm64-unused", "debian-12-arm64-used", "debian-12-armhf-other"):
+        (tmp_path / "cache/roots" / name).mkdir(parents=True)
+    device = tmp_path / "cache/devices/lab1"
+    device.mkdir(parents=True)
+    (device / "lower").symlink_to(tmp_path / "cache/roots/debian-12-arm64-used")
+    write_record(replace(running(), folder=str(device)), run)
+    root = emulation_root.make_root("debian-12", "arm64", cache=tmp_path / "cache", codename="bookworm", say=print)
+    assert (root / "new").exists()
+    assert {path.name for path in root.parent.iterdir()} == {root.name, "debian-12-arm64-used", "debian-12-armhf-other"}
+
+
 def test_mounts_below_a_folder_are_found_and_a_longer_name_beside_it_is_not() -> None:
     assert mounts_below(Path("/srv/cache/devices/rpi4"), MOUNTINFO) == ["/srv/cache/devices/rpi4/upper/etc"]
     assert mounts_below(Path("/srv/cache/devices/rpi4/upper/etc"), MOUNTINFO) == ["/srv/cache/devices/rpi4/upper/etc"]
