@@ -146,7 +146,7 @@ def measured(file: str, sha256: str, known: Mapping[str, Wheel]) -> Wheel:
     """The wheel with its size and glibc: from the old pins, else fetched and read."""
     if sha256 in known:
         return known[sha256]
-    print(f"  measuring {file}", flush=True)  # noqa: T201
+    print(f"  measuring {file}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         # bytes = 1: not known before it is here.
         (path,) = fetch([Wheel(file=file, sha256=sha256, bytes=1)], Path(folder), say=lambda _: None)
@@ -219,7 +219,7 @@ def choose_all(toolchain: Toolchain) -> dict[tuple[str, str, str], Choice]:
     for release in toolchain.release:
         for machine, pythons in release.platforms.items():
             for python in pythons:
-                print(f"{toolchain.name} {release.version}: {machine}, Python {python}", flush=True)  # noqa: T201
+                print(f"{toolchain.name} {release.version}: {machine}, Python {python}", flush=True)
                 report = pip_report(release, machine, python)
                 choices[release.version, machine, python] = chosen(report, release, machine, python)
     return choices
@@ -262,11 +262,11 @@ def main(arguments: Sequence[str]) -> int:
         for path in paths:
             for line in update(path, known, check=options.check):
                 changed = True
-                print(f"{path.name}: {line}")  # noqa: T201
+                print(f"{path.name}: {line}")
     except EdgepackError as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(error, file=sys.stderr)
         return error.exit_code
-    print("pins differ" if changed and options.check else "pins rewritten" if changed else "pins are up to date")  # noqa: T201
+    print("pins differ" if changed and options.check else "pins rewritten" if changed else "pins are up to date")
     return 1 if changed and options.check else 0
 
 
