@@ -15,6 +15,7 @@ from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
 from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.fold import fold_constants
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -92,13 +93,17 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """Constants folded, dead nodes dropped, BatchNormalization and Pad fused into Conv (onnxslim)."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    slim = onnxslim.slim(copy)
+    slim = onnxslim.slim(fold_constants(model))
     assert isinstance(slim, onnx.ModelProto)
     _name_nodes(slim.graph)
     slim.producer_name, slim.producer_version, slim.doc_string = "edgepack", "", ""
-    return onnx.shape_inference.infer_shapes(slim, data_prop=True)
+    return _shaped(slim)
+
+
+def _shaped(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With the shapes of its inner tensors inferred anew."""
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:

@@ -27,7 +27,7 @@ from edgepack.passes.contract import (
     require_static_inputs,
     same_interface,
 )
-from edgepack.passes.qdq_plan import QdqPlan, plan_qdq
+from edgepack.passes.qdq_plan import WEIGHTED, QdqPlan, plan_qdq
 from edgepack.passes.qdq_rewrite import rewrite
 from edgepack.passes.ranges import min_max
 from edgepack.spec.project import Project
@@ -82,7 +82,7 @@ class QuantiseStatic:
         same_interface(before, after, self.name)
         index = GraphIndex(after.graph)
         for node in after.graph.node:
-            if node.name in plan.nodes and index.is_float_constant(node.input[1]):
+            if plan.nodes.get(node.name) in WEIGHTED and index.is_float_constant(node.input[1]):
                 raise PassDefect(f"{self.name}: '{node.name}' still has float weights")
         quantised = sum(node.op_type == "QuantizeLinear" for node in after.graph.node)
         if quantised < len(scales):
