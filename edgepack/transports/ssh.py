@@ -209,7 +209,8 @@ class SshTransport:
                 raise DeviceError(
                     f"{self.name}: no SFTP on the device: {error}; enable `Subsystem sftp` in its sshd_config"
                 ) from error
-            if self._sftp is None or self._sftp.get_channel().closed or not self._connection.alive:
+            gone = isinstance(error, EOFError) or self._sftp is None or self._sftp.get_channel().closed
+            if gone or not self._connection.alive:
                 raise self._dropped(doing, error) from error
             # An answer of the server about this file.
             raise DeviceError(f"{self.name}: {remote}: {_said(error)}, while {doing}") from error
@@ -222,7 +223,7 @@ class SshTransport:
             time.sleep(0.01)
         if isinstance(error, TimeoutError):
             return DeviceError(f"{self.name}: the connection stalled while {doing}{f': {error}' if str(error) else ''}")
-        if self._connection.alive:
+        if self._connection.alive and not isinstance(error, EOFError):
             return DeviceError(f"{self.name}: the device refused while {doing}: {_said(error)}")
         self.close()
         return DeviceError(f"{self.name}: the connection dropped while {doing} ({_said(error)})")
