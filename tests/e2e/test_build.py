@@ -1,0 +1,258 @@
+"""`edgepack build` through the command line, on the shipped example, in the real runtimes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgepack.bundle.bundle import open_bundle
+from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
+
+ROW = {
+    *("target", "path", "sha256", "runtime", "precision", "bytes", "model_bytes", "baseline_bytes", "metric"),
+    *("baseline", "value", "drop", "interval", "passes", "cached"),
+}
+RPI4 = "dist/fashion-mnist-rpi4.edgepack"
+
+
+class Made:
+    """One project, one clean cache, built once for two targets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = clean_cache(folder / "cache")
+        self.project = example(folder / "project")
+        self.first = self.edgepack("build", "-t", "rpi4", "-t", "x86-avx512-vnni", "--json")
+        assert self.first.exit_code == 0, self.first.stderr
+
+    def edgepack(self, *arguments: str) -> Done:
+        return edgepack(*arguments, cwd=self.project, cache=self.cache)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("made"))
+
+
+def rows(done: Done) -> list[dict[str, Any]]:
+    assert done.exit_code == 0, done.stderr
+    bundles = done.document["bundles"]
+    assert isinstance(bundles, list)
+    return bundles
+
+
+def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
+    first, second = rows(made.first)
+    assert set(first) >= ROW and made.first.document["failures"] == []
+    assert (first["target"], second["target"]) == ("rpi4", "x86-avx512-vnni")
+    assert first["precision"] == "int8" and first["runtime"].startswith("onnxruntime 1.")
+    assert first["metric"] == "top1" and first["samples"] == 2000 and first["answer"] == "passed"
+    assert first["interval"][0] <= first["drop"] <= first["interval"][1] <= 0.01
+    assert first["model_bytes"] * 3 < first["baseline_bytes"] < first["bytes"]
+    assert first["passes"] == ["canonicalise", "quantise-static"]
+    bundle = open_bundle(made.project / RPI4)
+    bundle.verify()
+    assert bundle.file_sha256() == first["sha256"] and bundle.size_bytes == first["bytes"]
+    assert bundle.manifest.target.machine == "aarch64"
+    assert all("aarch64" in wheel for wheel in bundle.manifest.runtime.wheels)
+
+
+def test_the_numerics_are_the_targets(made: Made) -> None:
+    found = {
+        row["target"]: open_bundle(made.project / row["path"]).manifest.passes[-1].params["activation_dtype"]
+        for row in rows(made.first)
+    }
+    assert found == {"rpi4": "int8", "x86-avx512-vnni": "uint8"}
+
+
+def test_a_rebuild_with_nothing_changed_does_no_work_and_says_so(made: Made) -> None:
+    before = (made.project / RPI4).stat().st_mtime_ns
+    again = made.edgepack("build", "-t", "rpi4", "--json")
+    assert [row["cached"] for row in rows(again)] == [True]
+    assert again.stderr.splitlines() == [f"rpi4: unchanged, {RPI4}"]
+    assert (made.project / RPI4).stat().st_mtime_ns == before
+
+
+def test_a_lost_bundle_is_made_again_byte_for_byte_without_judging_again(made: Made) -> None:
+    path = made.project / RPI4
+    whole = path.read_bytes()
+    path.unlink()
+    again = made.edgepack("build", "-t", "rpi4", "--json")
+    assert rows(again)[0]["cached"] is False
+    assert "judging" not in again.stderr and "quantise" not in again.stderr
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_bundle_is_made_again(made: Made) -> None:
+    path = made.project / RPI4
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    assert rows(made.edgepack("build", "-t", "rpi4", "--json"))[0]["cached"] is False
+    assert path.read_bytes() == whole
+
+
+def test_a_clean_cache_and_another_folder_give_the_same_bytes(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "elsewhere" / "project")
+    done = edgepack("build", "-t", "rpi4", cwd=project, cache=clean_cache(tmp_path / "cache"))
+    assert done.exit_code == 0, done.stderr
+    assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
+
+
+def test_two_builds_at_once_do_not_disturb_each_other(made: Made, tmp_path: Path) -> None:
+    project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
+    running = [
+        subprocess.Popen(
+            command("build", "-t", "rpi4", "-t", "x86-avx2", "--json"),
+            cwd=project,
+            env=environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    hashes = [[row["sha256"] for row in json.loads(stdout)["bundles"]] for stdout, _ in outputs]
+    assert hashes[0] == hashes[1]
+    assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
+    lock = json.loads((project / "edgepack.lock").read_bytes())
+    assert sorted(lock["builds"]) == ["rpi4 debian-12 int8", "x86-avx2 debian-12 int8"]
+
+
+def test_a_build_that_is_killed_at_any_moment_is_safely_taken_up(made: Made, tmp_path: Path) -> None:
+    project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
+    moments = random.Random(7)
+    for _ in range(6):
+        process = subprocess.Popen(
+            command("build", "-t", "rpi4"),
+            cwd=project,
+            env=environment(cache),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(moments.uniform(0.1, 3.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        bundle = project / RPI4
+        assert not bundle.exists() or bundle.read_bytes() == (made.project / RPI4).read_bytes()
+    done = edgepack("build", "-t", "rpi4", cwd=project, cache=cache)
+    assert done.exit_code == 0, done.stderr
+    assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
+
+
+def test_editing_bench_defaults_of_a_target_runs_no_pass_again(made: Made) -> None:
+    target = made.project / "my-board.toml"
+    text = (Path(__file__).parents[2] / "targets" / "rpi4.toml").read_text(encoding="utf-8")
+    target.write_text(text.replace('name = "rpi4"', 'name = "my-board"'), encoding="utf-8")
+    assert made.edgepack("build", "-t", "./my-board.toml").exit_code == 0
+    target.write_text(changed_bench(target.read_text(encoding="utf-8")), encoding="utf-8")
+    again = made.edgepack("build", "-t", "./my-board.toml", "--json")
+    assert rows(again)[0]["cached"] is False
+    assert "quantise" not in again.stderr and "canonicalise" not in again.stderr and "judging" not in again.stderr
+    assert open_bundle(made.project / "dist/fashion-mnist-my-board.edgepack").manifest.bench.warmup == 77
+
+
+def changed_bench(target: str) -> str:
+    """The descriptor with another number of inferences to warm up."""
+    head, table, tail = target.partition("[bench]\n")
+    kept = [line for line in tail.splitlines() if not line.startswith("warmup")]
+    return "\n".join([head + "[bench]", "warmup = 77", *kept, ""]) if table else f"{target}\n[bench]\nwarmup = 77\n"
+
+
+def test_the_baseline_is_packed_beside_for_comparison_on_the_device(made: Made) -> None:
+    found = rows(made.edgepack("build", "-t", "rpi4", "--baseline", "--json"))
+    assert [row["precision"] for row in found] == ["int8", "fp32"]
+    assert found[1]["path"] == "dist/fashion-mnist-rpi4.fp32.edgepack" and found[1]["value"] is None
+    manifest = open_bundle(made.project / found[1]["path"]).manifest
+    assert manifest.accuracy is None and [each.name for each in manifest.passes] == ["canonicalise"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    project = example(tmp_path / "project")
+    done = edgepack("build", "-t", "rpi4", "--dry-run", cwd=project)
+    assert done.exit_code == 0
+    assert "1. canonicalise" in done.stdout and "2. quantise-static" in done.stdout
+    assert "onnxruntime" in done.stdout
+    plan = edgepack("build", "-t", "rpi4", "--dry-run", "--json", cwd=project).document["plans"][0]
+    assert [step["pass"] for step in plan["steps"]] == ["canonicalise", "quantise-static"]
+    assert not (project / "dist").exists() and not (project / "edgepack.lock").exists()
+
+
+def test_one_failing_target_does_not_keep_the_others_from_being_built(made: Made) -> None:
+    done = made.edgepack("build", "-t", "rpi3-32", "-t", "rpi4", "--json")
+    assert done.exit_code == 4
+    (failure,) = done.document["failures"]
+    assert failure["target"] == "rpi3-32" and failure["exit_code"] == 4
+    assert "tflite-runtime" in failure["error"] and "64-bit" in failure["error"]
+    assert [row["target"] for row in done.document["bundles"]] == ["rpi4"]
+
+
+def test_a_missed_gate_leaves_no_bundle_old_or_new(made: Made, tmp_path: Path) -> None:
+    """Calibrated on black pictures, every range is too narrow: int8 then reads nothing right."""
+    project = example(tmp_path / "project")
+    assert edgepack("build", "-t", "rpi4", cwd=project, cache=made.cache).exit_code == 0
+    assert (project / RPI4).exists()
+    np.savez(project / "calibration.npz", allow_pickle=False, x=np.zeros((8, 1, 28, 28), np.uint8))
+    done = edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache)
+    assert done.exit_code == 5
+    (failure,) = done.document["failures"]
+    assert failure["kind"] == "gate-missed" and failure["exit_code"] == 5
+    assert "top1: fp32 0." in failure["error"] and "limit 0.01" in failure["error"]
+    assert done.document["bundles"] == []
+    assert not (project / RPI4).exists()
+
+
+def test_too_few_samples_are_unresolved_and_ship_only_where_that_is_accepted(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "project", samples=100)
+    done = edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache)
+    assert done.exit_code == 6
+    (failure,) = done.document["failures"]
+    assert "more evaluation samples would tell" in failure["error"] and "--accept-unresolved" in failure["error"]
+    assert not (project / RPI4).exists()
+    taken = edgepack("build", "-t", "rpi4", "--accept-unresolved", cwd=project, cache=made.cache)
+    assert taken.exit_code == 0 and "unresolved, accepted" in taken.stdout
+    accuracy = open_bundle(project / RPI4).manifest.accuracy
+    assert accuracy is not None
+    assert accuracy.verdict["answer"] == "unresolved" and accuracy.verdict["accepted_unresolved"] is True
+
+
+def test_a_size_budget_fails_closed(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "project", changes={"[gate]": "[budget]\nmodel_mib = 0.1\n\n[gate]"})
+    done = edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache)
+    assert done.exit_code == 5
+    assert "the budget is 0.1 MiB" in done.document["failures"][0]["error"]
+    assert not (project / RPI4).exists()
+
+
+def test_without_labels_it_is_agreement_and_says_so(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "project", changes={'name = "top1"': 'name = "auto"'})
+    with np.load(project / "evaluation.npz") as arrays:
+        pictures = arrays["x"]
+    np.savez(project / "evaluation.npz", allow_pickle=False, x=pictures)
+    done = edgepack("build", "-t", "rpi4", cwd=project, cache=made.cache)
+    assert done.exit_code == 0, done.stderr
+    assert "agreement with the fp32 model, not accuracy" in done.stdout
+    row = rows(edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache))[0]
+    assert row["is_agreement"] is True and row["baseline"] == 1.0
+
+
+def test_an_npus_bundle_holds_ir_and_says_where_it_was_judged(made: Made) -> None:
+    done = made.edgepack("build", "-t", "intel-npu", "--json")
+    (row,) = rows(done)
+    assert row["target"] == "intel-npu-3720" and row["runtime"].startswith("openvino ")
+    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf"]
+    manifest = open_bundle(made.project / row["path"]).manifest
+    assert manifest.accuracy is not None and manifest.accuracy.note is not None
+    assert "no NPU has run this bundle" in manifest.accuracy.note
+    assert manifest.model.files == {"model": "model/model.xml", "weights": "model/model.bin"}
+    assert manifest.runtime.options == {"device": "NPU", "precision": "f16"}
