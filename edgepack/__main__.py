@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(args=arguments, prog_name="edgepack", standalone_mode=False)
     except typer.Exit as stop:
-        return int(stop.exit_code)
+        result = stop.exit_code
     except wrong_usage as error:
         return _fail(_message(error), kind="usage", code=2, as_json=as_json, hint=_usage(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -44,6 +44,8 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), kind=error.kind, code=error.exit_code, as_json=as_json)
     except Exception as error:  # noqa: BLE001 - the last door: a user never sees a traceback
         return _fail(_defect(error), kind="defect", code=DEFECT, as_json=as_json)
+    if result == INTERRUPTED:  # typer makes an exit of Ctrl-C by itself
+        return _fail("interrupted", kind="interrupted", code=INTERRUPTED, as_json=as_json)
     return result if isinstance(result, int) else 0
 
 

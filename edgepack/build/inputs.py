@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from edgepack.errors import InputError
 from edgepack.judge.data import DataSet, open_data
 from edgepack.judge.metric import MetricInstance
@@ -119,7 +121,7 @@ class OpenProject:
 
         _ = self.interface, self.calibration, self.evaluation
         resolve_max_drop(self.metric, self.project.gate)
-        if self.project.calibration and self.calibration.digest == self.evaluation.digest:
+        if self.project.calibration and _same_samples(self.calibration, self.evaluation):
             raise InputError("calibration and evaluation data have the same contents; give samples of its own to each")
 
     @property
@@ -133,6 +135,15 @@ class OpenProject:
                 "charset": digest_file(self.root / Path(charset).expanduser()) if charset else None,
             }
         )
+
+
+def _same_samples(one: DataSet, other: DataSet) -> bool:
+    """Whether first, middle and last sample are equal: enough to find one set given twice, and quick."""
+    if len(one) != len(other):
+        return False
+    places = {0, len(one) // 2, len(one) - 1}
+    pairs = [(one.feed(place), other.feed(place)) for place in sorted(places)]
+    return all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
 
 
 def open_project(path: Path, store: Store, *, model: Path | None = None) -> OpenProject:

@@ -1,0 +1,111 @@
+"""The command line itself: quick to answer, one error a mistake, no traceback for anybody."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgepack import __main__ as door
+from edgepack import errors
+from edgepack.cli import targets
+from edgepack.errors import EdgepackError
+
+TREE = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, EdgepackError) and kind is not EdgepackError
+]
+
+COMMANDS = [
+    ["init"],
+    ["build"],
+    ["bench"],
+    ["targets", "list"],
+    ["targets", "show"],
+    ["bundle", "inspect"],
+    ["bundle", "verify"],
+    ["device", "emulate", "up"],
+    ["device", "emulate", "down"],
+    ["device", "emulate", "list"],
+]
+
+
+def test_help_answers_without_loading_anything_heavy() -> None:
+    code = (
+        "import sys; from edgepack.__main__ import run; code = run(['--help']); "
+        "heavy = {'numpy', 'onnx', 'pydantic', 'paramiko', 'PIL', 'rich'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Exit codes: 0 success" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_examples_and_json(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run([*command, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "Example" in page and f"edgepack {' '.join(command)}" in page
+    assert "--json" in page
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["build", "--nonsense"], ["bench"], ["targets", "show"]])
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert "edgepack: error:" in captured.err and captured.out == ""
+
+
+def test_with_json_an_error_is_one_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run(["targets", "show", "rpi44", "--json"]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "bad-input" and "did you mean 'rpi4'?" in error["message"]
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(targets, "_page", fail)
+
+
+def test_a_defect_is_exit_code_70_with_a_log_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    fail_with(RuntimeError("something that nobody thought of"), monkeypatch)
+    assert door.run(["targets", "show", "rpi4"]) == 70
+    error = capsys.readouterr().err
+    assert "a defect of edgepack" in error and "something that nobody thought of" in error
+    assert "Traceback" not in error
+    (log,) = tmp_path.glob("edgepack-crash-*.log")
+    assert "Traceback" in log.read_text(encoding="utf-8")
+
+
+def test_ctrl_c_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(KeyboardInterrupt(), monkeypatch)
+    assert door.run(["targets", "show", "rpi4"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_every_branch_of_the_error_tree_has_a_code_of_its_own_that_help_and_docs_name() -> None:
+    kinds: list[type[EdgepackError]] = [EdgepackError, *TREE]
+    codes = [kind.exit_code for kind in kinds]
+    assert len(set(codes)) == len(codes)
+    page = (Path(__file__).parents[2] / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    assert all(f"| {kind.exit_code} | `{kind.kind}` |" in page for kind in kinds)
+
+
+def test_targets_list_says_what_this_machine_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run(["targets", "list", "--json"]) == 0
+    listed = {target["name"]: target for target in json.loads(capsys.readouterr().out)["targets"]}
+    assert {"rpi3-32", "rpi4", "rpi5", "x86-avx2", "x86-avx512", "x86-avx512-vnni"} < set(listed)
+    assert listed["intel-npu-3720"]["aliases"] == ["intel-npu"]
+    machines = {name: target["machine"] for name, target in listed.items()}
+    here = [name for name, target in listed.items() if not target["missing_here"]]
+    assert len({machines[name] for name in here}) <= 1
