@@ -70,8 +70,8 @@ def residual(batch: int | str = 1, opset: int = 17) -> onnx.ModelProto:
         "b3": normal(6, 8, scale=0.5),
         "w4": normal(7, 5, 8, scale=0.5),
         "b4": normal(8, 5, scale=0.1),
-        "zero": np.float32(0),
-        "six": np.float32(6),
+        "zero": np.array(0, np.float32),
+        "six": np.array(6, np.float32),
     }
     return model(nodes, [value("x", batch, 3, 8, 8)], [value("y", batch, 5)], constants, opset=opset)
 
