@@ -21,7 +21,7 @@ RECORD_BYTES = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleRef:
     path: str
-    sha256: str
+    digest: str
     """Of its manifest.json: the bundle's identity."""
     name: str
     target: str

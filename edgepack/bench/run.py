@@ -78,7 +78,7 @@ def benchmark(
         on_cpu = model.options.get("device", "CPU") == "CPU"
         verdict = judge(measured.samples_ns, environment, wanted_runs=wanted_runs, on_cpu=on_cpu)
     return BenchmarkResult(
-        bundle=BundleRef(path=str(bundle.path), sha256=bundle.digest, name=manifest.name, target=manifest.target.name),
+        bundle=BundleRef(path=str(bundle.path), digest=bundle.digest, name=manifest.name, target=manifest.target.name),
         device=machine,
         emulated=transport.emulated,
         threads=model.threads,

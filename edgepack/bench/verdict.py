@@ -146,7 +146,7 @@ def _of_environment(seen: Environment, *, on_cpu: bool) -> Iterator[Reason]:
         text = f"the hypervisor gave {seen.steal_share:.1%} of the processor time to others"
         yield from _graded("steal", seen.steal_share, STEAL_SUSPECT, STEAL_INVALID, text)
     if on_cpu and seen.own_cpus is not None:
-        text = f"the runner got {min(seen.own_cpus, 1):.0%} of one processor"
+        text = f"the runner went without a processor for {1 - min(seen.own_cpus, 1):.0%} of the time"
         yield from _graded("starved", 1 - seen.own_cpus, 1 - STARVED_SUSPECT, 1 - STARVED_INVALID, text)
     if seen.others_cpus is not None and seen.others_cpus > OTHERS_SUSPECT:
         yield _suspect("load", f"other processes kept {seen.others_cpus:.2f} processors busy (limit {OTHERS_SUSPECT})")

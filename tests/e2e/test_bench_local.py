@@ -56,7 +56,7 @@ def test_a_bundle_is_installed_proved_and_timed_and_the_second_time_nothing_is_u
     document = json.loads(json.dumps(first.to_json(), allow_nan=False))
     assert document["bundle"] == {
         "path": str(bundle.path),
-        "sha256": digest_bytes(bundle.manifest_bytes),
+        "digest": digest_bytes(bundle.manifest_bytes),
         "name": "small",
         "target": "here",
     }
