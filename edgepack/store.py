@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,13 @@ def storage_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or where
-        if error.errno == errno.ENOSPC:
-            raise StorageError(f"{place}: the disk is full; free some space and run the same command again") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+            raise StorageError(f"{place}: {full}; free some space and run the same command again") from error
+        if error.errno == errno.EFBIG:
+            raise StorageError(
+                f"{place}: larger than a file may be here; raise the limit (ulimit -f), or choose another file system"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
                 f"{place}: cannot be written ({error.strerror}); choose a folder that you may write to"
@@ -161,8 +167,10 @@ class Store:
             record = StepRecord(files=dict(table["files"]), facts=dict(table["facts"]))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
             return None  # written by another version, or torn by a power cut: run the step again
+        if not all(_is_plain(name) and _is_digest(digest) for name, digest in record.files.items()):
+            return None  # damaged: a path in a digest's place would be taken for a blob that rotted, and removed
         return record if all(self._sound(digest) for digest in record.files.values()) else None
 
     def materialise(self, record: StepRecord, folder: Path) -> dict[str, Path]:
@@ -195,13 +203,22 @@ class Store:
                 os.close(lock)
 
 
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of this name lies in the folder it is put into."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 def _lock(folder: Path) -> int | None:
-    """An exclusive lock on a folder, held until the descriptor is closed; None when somebody holds it."""
+    """An exclusive lock on a folder, held until the descriptor is closed; None when it is held, or is no folder."""
     import fcntl
 
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

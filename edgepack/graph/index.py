@@ -18,7 +18,7 @@ class GraphIndex:
         self.producer = {name: node for node in graph.node for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
-            for name in _reads(node):
+            for name in reads(node):
                 self.readers.setdefault(name, []).append(node)
 
     def constant(self, name: str) -> NDArray[np.generic] | None:
@@ -36,14 +36,38 @@ class GraphIndex:
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
+def reads(node: onnx.NodeProto) -> list[str]:
     """The names that a node reads, those inside its If, Loop and Scan bodies too."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-            for inner in graph.node:
-                names += _reads(inner)
-    return names
+    found = [name for name in node.input if name]
+    for body in bodies(node):
+        found += [value.name for value in body.output]
+        for inner in body.node:
+            found += reads(inner)
+    return found
+
+
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs inside an If, Loop or Scan."""
+    return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
+
+
+def names(graph: onnx.GraphProto) -> set[str]:
+    """Every name of a tensor or node, those inside bodies too."""
+    found = {value.name for value in [*graph.input, *graph.initializer]}
+    for node in graph.node:
+        found |= {node.name, *node.input, *node.output}
+        for body in bodies(node):
+            found |= names(body)
+    return found
+
+
+def operators(graph: onnx.GraphProto) -> set[str]:
+    """The operators of a graph, those inside bodies too."""
+    found = {node.op_type for node in graph.node}
+    for node in graph.node:
+        for body in bodies(node):
+            found |= operators(body)
+    return found
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, object]:

@@ -1,19 +1,29 @@
-"""Reads a user's ONNX file, with everything that can be wrong with one said in words."""
+"""Reads a user's ONNX file, with everything that can be wrong with one said in words.
+
+NaN is refused in every constant. An infinity is refused where it is a weight or bias that products are made with;
+elsewhere it is let through, for attention masks add -inf on purpose.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from edgepack.errors import InputError
+from edgepack.graph.index import bodies
 from edgepack.store import digest_bytes, digest_file, digest_json
 
 MAX_MODEL_BYTES = (1 << 31) - 1  # protobuf's own limit for one message
+SUB_BYTE_BITS = {22: 4, 21: 4, 23: 4, 26: 2, 25: 2}
+"""Of INT4, UINT4, FLOAT4E2M1, INT2, UINT2 in onnx.proto3; older releases of onnx do not know the last two by name."""
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
 MIN_OPSET = 7  # onnx's version converter, and onnxruntime, go no further back
 
 
@@ -34,14 +44,25 @@ def source_files(path: Path) -> tuple[Path, ...]:
 
 
 def digest_source(path: Path) -> str:
-    """sha256 over the model and its external data."""
-    digests: dict[str, str] = {file.name: digest_file(file) for file in source_files(path)}
-    return digest_json({**digests})
+    """sha256 over the model and its external data, wherever they lie and whatever the model is called."""
+    model, *external = source_files(path)
+    folder = path.parent.resolve()
+    try:
+        digests = {str(file.relative_to(folder)): digest_file(file) for file in external}
+        return digest_json({"model": digest_file(model), "external": {**digests}})
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
 
 def read_model(path: Path) -> Source:
     """The model at `path`, checked. Raises InputError."""
     files = source_files(path)
+    total = sum(file.stat().st_size for file in files)
+    if total > MAX_MODEL_BYTES:
+        raise InputError(
+            f"{path}: {total} bytes with its external data; edgepack takes models of at most 2 GiB: "
+            "export it in float16, or split it"
+        )
     model = _parse(path)
     for tensor in _tensors(model):
         if uses_external_data(tensor):
@@ -49,7 +70,7 @@ def read_model(path: Path) -> Source:
     _check_opset(path, model)
     _check_structure(path, model)
     _check_finite(path, model)
-    return Source(path=path, model=model, bytes=sum(file.stat().st_size for file in files))
+    return Source(path=path, model=model, bytes=total)
 
 
 def digest_model(model: onnx.ModelProto) -> str:
@@ -64,11 +85,12 @@ def serialise(model: onnx.ModelProto) -> bytes:
 def _parse(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError  # the error of onnx's own parser
 
-    if not path.exists():
-        raise InputError(f"{path}: no such file; expected a trained model in ONNX format")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected an .onnx file")
     try:
+        if not path.exists():
+            raise InputError(f"{path}: no such file; expected a trained model in ONNX format")
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "not a plain file"
+            raise InputError(f"{path}: is {found}; expected an .onnx file")
         size = path.stat().st_size
         if size > MAX_MODEL_BYTES:
             raise InputError(f"{path}: {size} bytes; an ONNX file holds at most 2 GiB: save it with external data")
@@ -90,59 +112,89 @@ def _parse(path: Path) -> onnx.ModelProto:
 def _tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Every constant of the graph and of the graphs inside its nodes."""
     found: list[onnx.TensorProto] = []
-    graphs = [model.graph]
-    while graphs:
-        graph = graphs.pop()
-        found += graph.initializer
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    found.append(attribute.t)
-                found += attribute.tensors
-                graphs += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+    bodies: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while bodies:
+        body = bodies.pop()
+        sparse: list[onnx.SparseTensorProto] = []
+        if isinstance(body, onnx.GraphProto):
+            found += body.initializer
+            sparse += body.sparse_initializer
+        for attribute in (each for node in body.node for each in node.attribute):
+            found += [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]
+            sparse += [*attribute.sparse_tensors, attribute.sparse_tensor]  # an unset one is empty
+            bodies += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+        found += [part for each in sparse for part in (each.values, each.indices)]
     return found
 
 
 def _external_file(path: Path, tensor: onnx.TensorProto) -> Path:
-    location = ExternalDataInfo(tensor).location
-    folder = path.parent.resolve()
-    file = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+    location = _external_info(path, tensor).location
+    try:
+        folder = path.parent.resolve()
+        file = (folder / location).resolve()
+        inside = bool(location) and not Path(location).is_absolute() and file.is_relative_to(folder)
+        if inside and not file.is_file():
+            raise InputError(
+                f"{path}: the external data of '{tensor.name}', {file.name}, is missing; copy it beside the model"
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # no name for a file, a loop of links, a NUL
+        raise InputError(
+            f"{path}: the external data of '{tensor.name}' is at {location[:80]!r}, which is no usable path: {error}; "
+            "save the model again"
+        ) from error
+    if not inside:
         raise InputError(
             f"{path}: the external data of '{tensor.name}' is at '{location}', outside the model's folder; "
             "put it beside the model and save the model with that name"
         )
-    if not file.is_file():
-        raise InputError(
-            f"{path}: the external data of '{tensor.name}', {file.name}, is missing; copy it beside the model"
-        )
     return file
+
+
+def _external_info(path: Path, tensor: onnx.TensorProto) -> ExternalDataInfo:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # keys that onnx does not know change nothing in the bytes
+            return ExternalDataInfo(tensor)
+    except ValueError as error:
+        raise InputError(f"{path}: the external data of '{tensor.name}': {error}; save the model again") from error
 
 
 def _take_in(path: Path, tensor: onnx.TensorProto) -> None:
     """Move a tensor's external data into the model itself."""
-    info = ExternalDataInfo(tensor)
+    info = _external_info(path, tensor)
     file = _external_file(path, tensor)
-    offset = info.offset or 0
-    length = info.length if info.length is not None else file.stat().st_size - offset
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        data = stream.read(length)
-    expected = int(np.prod(tensor.dims, dtype=np.int64)) * _item_bits(tensor) // 8
+    expected = _stored_bytes(path, tensor)
+    try:
+        with file.open("rb") as stream:
+            stream.seek(info.offset or 0)
+            data = stream.read(expected if info.length is None else min(info.length, expected))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     if len(data) < expected:
         raise InputError(
             f"{path}: the external data of '{tensor.name}' in {file.name} has {len(data)} bytes; expected {expected}: "
             "the file is truncated, copy it again"
         )
-    tensor.raw_data = data[:expected]
+    tensor.raw_data = data
     tensor.data_location = onnx.TensorProto.DEFAULT
     del tensor.external_data[:]
 
 
-def _item_bits(tensor: onnx.TensorProto) -> int:
-    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return 4
-    return int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) * 8
+def _stored_bytes(path: Path, tensor: onnx.TensorProto) -> int:
+    """Bytes that a tensor's values take, as its type and dimensions say."""
+    count = math.prod(int(size) for size in tensor.dims)
+    try:
+        whole = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: the weight '{tensor.name}' has the unknown type {tensor.data_type}; save the model again"
+        ) from error
+    if min(tensor.dims, default=0) < 0 or tensor.data_type == onnx.TensorProto.STRING:
+        raise InputError(
+            f"{path}: the weight '{tensor.name}' {list(tensor.dims)} cannot have external data; save the model again"
+        )
+    bits = SUB_BYTE_BITS.get(tensor.data_type, int(whole))
+    return -(-count * bits // 8)
 
 
 def _check_opset(path: Path, model: onnx.ModelProto) -> None:
@@ -163,12 +215,27 @@ def _check_structure(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _check_finite(path: Path, model: onnx.ModelProto) -> None:
-    for tensor in model.graph.initializer:
-        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE):
+    multiplied = _multiplied(model.graph)
+    for tensor in _tensors(model):
+        if tensor.data_type not in FLOATS:
             continue
-        bad = int(np.count_nonzero(np.isnan(numpy_helper.to_array(tensor))))
-        if bad:
+        values = numpy_helper.to_array(tensor)
+        bad = int(np.count_nonzero(np.isnan(values)))
+        infinite = int(np.count_nonzero(np.isinf(values))) if tensor.name in multiplied else 0
+        if bad or infinite:
+            found = f"{bad} NaN" if bad else f"{infinite} infinite"
             raise InputError(
-                f"{path}: the weight '{tensor.name}' has {bad} NaN of {int(np.prod(tensor.dims))} values; "
+                f"{path}: the weight '{tensor.name}' has {found} of {values.size} values; "
                 "the training diverged, or the export broke it: check the model in its own framework"
             )
+
+
+def _multiplied(graph: onnx.GraphProto) -> set[str]:
+    """Names of what may be weights and biases of products, in bodies too."""
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            found |= set(node.input)
+        for body in bodies(node):
+            found |= _multiplied(body)
+    return found

@@ -49,6 +49,24 @@ def fix_dimensions(model: onnx.ModelProto, values: Mapping[str, int], where: Pat
             f"{where}: no value for the free dimension{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
             f"give one under [dimensions] in the project file, or to init as {cures}"
         )
+    fixed = _with_values(model, values)
+    try:
+        # Strict on a copy that claims nothing of its outputs: runtimes too take a wrong claim there with a warning.
+        onnx.shape_inference.infer_shapes(_without_output_shapes(fixed), data_prop=True, strict_mode=True)
+        inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
+        raise InputError(
+            f"{where}: shapes do not fit together with {_shown(values)}: {_cause(error)}; "
+            "check the values under [dimensions]"
+        ) from error
+    for value in inferred.graph.output:
+        for dimension in value.type.tensor_type.shape.dim:
+            dimension.ClearField("dim_param")  # nothing is left to choose: such a size is known at run time only
+    return inferred
+
+
+def _with_values(model: onnx.ModelProto, values: Mapping[str, int]) -> onnx.ModelProto:
+    """A copy with these sizes in its inputs and outputs, and no shape of an inner tensor."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     for value in fixed.graph.input:
@@ -63,13 +81,21 @@ def fix_dimensions(model: onnx.ModelProto, values: Mapping[str, int], where: Pat
             elif dimension.dim_param:
                 dimension.ClearField("dim_param")
     del fixed.graph.value_info[:]
-    try:
-        return onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        raise InputError(
-            f"{where}: shapes do not fit together with {_shown(values)}: {str(error).splitlines()[0]}; "
-            "check the values under [dimensions]"
-        ) from error
+    return fixed
+
+
+def _without_output_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return copy
+
+
+def _cause(error: Exception) -> str:
+    """onnx's message on one line, without what it repeats."""
+    lines = str(error).replace("[ShapeInferenceError]", "").replace("Inference error(s):", "").split()
+    return " ".join(lines)[:300] or type(error).__name__
 
 
 def _free_name(dimension: onnx.TensorShapeProto.Dimension) -> str:
@@ -85,6 +111,11 @@ def _spec(value: onnx.ValueInfoProto, *, index_names: bool) -> TensorSpec:
     if not value.type.HasField("tensor_type"):
         raise InputError(f"'{value.name}' is not a tensor (a sequence, a map or optional); edgepack takes tensors only")
     kind = value.type.tensor_type
+    if index_names and not kind.HasField("shape"):
+        raise InputError(
+            f"the input '{value.name}' states no shape, not even how many dimensions it has; "
+            "export the model again with the shapes of its inputs"
+        )
     shape: list[int | str | None] = []
     for index, dimension in enumerate(kind.shape.dim):
         if dimension.dim_value > 0:

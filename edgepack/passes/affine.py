@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 INT32_MAX = 2**31 - 1
+BIAS_MAX = 2**30
+"""Largest bias as an integer: kernels add it to the sum of products in int32, and that sum, 255 * 127 a product,
+stays in the other half of int32 up to 33,000 products a value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +65,18 @@ def weight_scales(
 ) -> NDArray[np.float32]:
     """Symmetric scale for each channel: largest magnitude over 2^(bits-1) - 1.
 
-    With a bias the scale is raised where the bias, at scale input_scale * scale, would leave int32.
-    A channel of zeros gets scale 1.
+    With a bias the scale is raised where the bias, at scale input_scale * scale, would go beyond BIAS_MAX, or where
+    that product would be 0 in float32. A channel of zeros gets scale 1.
     """
     top = 2 ** (bits - 1) - 1
     others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     scales = np.max(np.abs(weight), axis=others).astype(np.float64) / top
     if bias is not None and input_scale is not None:
-        scales = np.maximum(scales, np.abs(bias).astype(np.float64) / (input_scale * (INT32_MAX - 1)))
-    scales[scales < np.finfo(np.float32).tiny] = 1.0
+        scales = np.maximum(scales, np.abs(bias).astype(np.float64) / (input_scale * BIAS_MAX))
+    tiny = float(np.finfo(np.float32).tiny)
+    scales[scales < tiny] = 1.0
+    if input_scale is not None:
+        scales = np.maximum(scales, tiny / input_scale)
     return np.asarray(scales, np.float32)
 
 

@@ -12,6 +12,7 @@ import onnxslim
 from onnx import version_converter
 
 from edgepack.errors import InputError, UnsupportedError
+from edgepack.graph.index import operators
 from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
 from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
@@ -22,6 +23,7 @@ from edgepack.store import Json
 
 PER_CHANNEL_OPSET = 13  # QuantizeLinear and DequantizeLinear have `axis` from here on (ONNX operator changelog)
 UPGRADE_TO = 17  # the newest opset that every onnxruntime of toolchains/ and OpenVINO's frontend read
+MIN_IR = 4  # from here on a constant need not stand among the inputs (ONNX IR specification, "Graphs")
 MAX_RELATIVE_ERROR = 1e-3
 """Of the largest output value: fusing a BatchNormalization or folding constants only reorders float32 sums.
 
@@ -32,7 +34,7 @@ CHECKED_SAMPLES = 4
 
 class Canonicalise:
     name: ClassVar[str] = "canonicalise"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "fix shapes, upgrade opset, fold and fuse"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -68,14 +70,18 @@ class Canonicalise:
 
 
 def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
-    """Largest difference as a share of the largest expected value; inf where shapes or NaNs differ."""
-    if expected.shape != found.shape or not np.array_equal(np.isnan(expected), np.isnan(found)):
+    """Largest difference as a share of the largest expected value; inf where shapes, NaNs or infinities differ."""
+    if expected.shape != found.shape:
         return float("inf")
-    if not expected.size:
+    wide, other = expected.astype(np.float64), found.astype(np.float64)
+    finite = np.isfinite(wide)
+    if not np.array_equal(wide[~finite], other[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
         return 0.0
-    wide, other = np.nan_to_num(expected.astype(np.float64)), np.nan_to_num(found.astype(np.float64))
-    scale = float(np.max(np.abs(wide))) or 1.0
-    return float(np.max(np.abs(wide - other))) / scale
+    scale = float(np.max(np.abs(wide[finite]))) or 1.0
+    # A NaN or an infinity where a number was expected counts as infinitely far.
+    return float(np.nan_to_num(np.max(np.abs(wide[finite] - other[finite])), nan=np.inf, posinf=np.inf)) / scale
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -84,7 +90,7 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     try:
         return version_converter.convert_version(model, UPGRADE_TO)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (version_converter.ConvertError, RuntimeError, ValueError, IndexError) as error:
         raise InputError(
             f"model: opset {opset_of(model)} cannot be upgraded to {UPGRADE_TO}, which int8 per channel needs: "
             f"{str(error).splitlines()[0]}; export the model with opset {PER_CHANNEL_OPSET} or newer"
@@ -96,6 +102,7 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     slim = onnxslim.slim(fold_constants(model))
     assert isinstance(slim, onnx.ModelProto)
     _name_nodes(slim.graph)
+    slim.ir_version = max(slim.ir_version, MIN_IR)
     slim.producer_name, slim.producer_version, slim.doc_string = "edgepack", "", ""
     return _shaped(slim)
 
@@ -119,8 +126,10 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
 
 def refuse_quantised(model: onnx.ModelProto) -> None:
     """Raises UnsupportedError for a model that somebody quantised already."""
-    kinds = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
-    found = sorted(kinds & {node.op_type for node in model.graph.node})
+    kinds = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+    contrib = {"QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"}  # onnxruntime's
+    kinds |= contrib
+    found = sorted({op for op in operators(model.graph) if op in kinds or op.startswith("QLinear")})
     if found:
         raise UnsupportedError(
             f"model: already quantised (it has {', '.join(found)}); quantising twice loses accuracy twice: "

@@ -9,12 +9,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgepack.graph.index import GraphIndex, attributes
+from edgepack.graph.index import GraphIndex, attributes, names, reads
 from edgepack.passes.affine import TensorScale, quantise_bias, quantise_weight, weight_scales
 from edgepack.passes.qdq_plan import QdqPlan
 
 WEIGHTED_AXIS = {"Conv": 0, "MatMul": 1}
-PREFIX = "ep:"  # of every name made here, so that none meets one of the model's own
 
 
 def rewrite(
@@ -30,8 +29,10 @@ class _Rewriter:
     ) -> None:
         self.model, self.plan, self.scales, self.bits = model, plan, scales, weight_bits
         self.index = GraphIndex(model.graph)
+        self.prefix = _free_prefix(model.graph)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
+        self.stored: dict[tuple[str, int, bytes], str] = {}
         self.outputs = {value.name for value in model.graph.output}
 
     def run(self) -> onnx.ModelProto:
@@ -44,10 +45,13 @@ class _Rewriter:
         out.CopyFrom(self.model)
         del out.graph.node[:], out.graph.value_info[:]
         out.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input} | {n for g in _bodies(self.nodes) for n in g}
+        used = {name for node in self.nodes for name in reads(node)} | self.outputs
         kept = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
-        del out.graph.initializer[:]
+        dropped = set(self.index.constants) - {tensor.name for tensor in kept}
+        fed = [value for value in self.model.graph.input if value.name not in dropped]
+        del out.graph.initializer[:], out.graph.input[:]
         out.graph.initializer.extend([*kept, *self.constants.values()])
+        out.graph.input.extend(fed)  # old exporters list a weight among the inputs too
         return out
 
     def _emit(self, node: onnx.NodeProto) -> None:
@@ -59,11 +63,12 @@ class _Rewriter:
         quantised = node.name in self.plan.nodes
         for position, name in enumerate(node.input):
             if name in self.scales and (quantised or self._made_in_integers(name)):
-                copy.input[position] = _float_name(name)
+                copy.input[position] = self._float_name(name)
         if quantised and node.op_type in ("Conv", "Gemm", "MatMul"):
             self._quantise_weights(node, copy)
         end = self._end(node)
-        copy.output[0] = _raw_name(end) if end in self.scales and end in self.outputs else copy.output[0]
+        if end in self.scales and self._leaves_rounded(end):
+            copy.output[0] = f"{self.prefix}:{end}.raw"
         self.nodes.append(copy)
         for name in [end, *node.output[1:]]:
             if name in self.scales:
@@ -73,6 +78,14 @@ class _Rewriter:
         """True where `name` comes out of an int8 node: floats must read its rounded value too, else it is not fused."""
         producer = self.index.producer.get(name)
         return producer is not None and (producer.name in self.plan.nodes or producer.name in self.plan.absorbed)
+
+    def _leaves_rounded(self, name: str) -> bool:
+        """True for a graph output that an int8 node makes; one that a float node makes leaves as it is."""
+        return name in self.outputs and self._made_in_integers(name)
+
+    def _float_name(self, name: str) -> str:
+        """Of a tensor behind its DequantizeLinear."""
+        return f"{self.prefix}:{name}.f"
 
     def _end(self, node: onnx.NodeProto) -> str:
         """The tensor that carries the scale of this node's first output: its own, or its absorbed reader's."""
@@ -84,15 +97,14 @@ class _Rewriter:
     def _pair(self, name: str, made: str) -> None:
         """QuantizeLinear and DequantizeLinear from `made` to the float name of `name`."""
         scale = self.scales[name]
-        source = self.plan.source(name)
-        s = self._constant(f"{PREFIX}{source}.scale", np.asarray(scale.scale, np.float32))
-        z = self._constant(f"{PREFIX}{source}.zero", np.asarray(scale.zero_point, scale.dtype))
-        out = name if name in self.outputs and name in self.index.producer else _float_name(name)
-        quantised = f"{PREFIX}{name}.q"
-        self._node("QuantizeLinear", [made, s, z], quantised, f"{PREFIX}{name}.quantise")
-        self._node("DequantizeLinear", [quantised, s, z], out, f"{PREFIX}{name}.dequantise")
-        if out != _float_name(name) and name in self.index.readers:
-            self._node("Identity", [out], _float_name(name), f"{PREFIX}{name}.identity")
+        source, own = f"{self.prefix}:{self.plan.source(name)}", f"{self.prefix}:{name}"
+        s = self._constant(f"{source}.scale", np.asarray(scale.scale, np.float32))
+        z = self._constant(f"{source}.zero", np.asarray(scale.zero_point, scale.dtype))
+        out = name if self._leaves_rounded(name) else self._float_name(name)
+        self._node("QuantizeLinear", [made, s, z], f"{own}.q", f"{own}.quantise")
+        self._node("DequantizeLinear", [f"{own}.q", s, z], out, f"{own}.dequantise")
+        if out == name and name in self.index.readers:
+            self._node("Identity", [out], self._float_name(name), f"{own}.identity")
 
     def _quantise_weights(self, node: onnx.NodeProto, copy: onnx.NodeProto) -> None:
         weight = np.asarray(self.index.constant(node.input[1]), np.float32)
@@ -103,12 +115,13 @@ class _Rewriter:
         fused_bias = row if node.op_type != "MatMul" else None
         scales = weight_scales(weight, axis, self.bits, bias=fused_bias, input_scale=input_scale)
         integers = quantise_weight(weight, scales, axis, self.bits).integers
-        base = f"{PREFIX}{node.name}.weight"
+        own = f"{self.prefix}#{node.name}.weight"
+        base = self.stored.setdefault((node.input[1], axis, scales.tobytes()), own)  # a shared weight is stored once
         q = self._constant(base, integers)
         s = self._constant(f"{base}.scale", scales)
         z = self._constant(f"{base}.zero", np.zeros(len(scales), np.int8))
-        copy.input[1] = f"{base}.f"
-        self._node("DequantizeLinear", [q, s, z], copy.input[1], f"{base}.dequantise", axis=axis)
+        copy.input[1] = f"{own}.f"
+        self._node("DequantizeLinear", [q, s, z], copy.input[1], f"{own}.dequantise", axis=axis)
         if row is not None:
             self._quantise_bias(node, copy, row, scales, input_scale)
 
@@ -120,7 +133,7 @@ class _Rewriter:
         scales: NDArray[np.float32],
         input_scale: float,
     ) -> None:
-        base = f"{PREFIX}{node.name}.bias"
+        base = f"{self.prefix}#{node.name}.bias"
         wide = scales * np.float32(input_scale)  # float32, as the kernels multiply them
         q = self._constant(base, quantise_bias(bias, wide.astype(np.float64)))
         s = self._constant(f"{base}.scale", wide)
@@ -135,7 +148,8 @@ class _Rewriter:
         self.nodes.append(node)
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))
+        # np.ascontiguousarray would make a scalar one-dimensional, which ONNX reads as one scale a channel.
+        self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
 
@@ -146,20 +160,10 @@ def _channel_axis(node: onnx.NodeProto) -> int:
     return WEIGHTED_AXIS[node.op_type]
 
 
-def _float_name(name: str) -> str:
-    return f"{PREFIX}{name}.f"
-
-
-def _raw_name(name: str) -> str:
-    return f"{PREFIX}{name}.raw"
-
-
-def _bodies(nodes: list[onnx.NodeProto]) -> list[list[str]]:
-    """Names read inside If, Loop and Scan bodies."""
-    found: list[list[str]] = []
-    for node in nodes:
-        for attribute in node.attribute:
-            for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                found.append([name for inner in graph.node for name in inner.input])
-                found += _bodies(list(graph.node))
-    return found
+def _free_prefix(graph: onnx.GraphProto) -> str:
+    """What no name of the model begins with. `PREFIX:` begins names of tensors, `PREFIX#` those of a node's weights."""
+    taken = names(graph)
+    prefix = "ep"
+    while any(name.startswith((f"{prefix}:", f"{prefix}#")) for name in taken):
+        prefix += "_"
+    return prefix

@@ -37,7 +37,7 @@ from edgepack.store import Json
 
 class QuantiseStatic:
     name: ClassVar[str] = "quantise-static"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "int8 weights per channel and int8 activations (QDQ)"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True

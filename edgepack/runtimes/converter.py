@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgepack.errors import InputError, ToolchainError, UnsupportedError
+from edgepack.errors import EdgepackError, InputError, StorageError, ToolchainError, UnsupportedError
 from edgepack.store import Json
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -17,11 +17,18 @@ TIMEOUT_S = 3600.0  # NNCF took 22 s for a ResNet50; an hour means that it hangs
 SCRIPT_OF = {"nncf": "openvino_convert.py"}
 """The script that speaks for each converter toolchain."""
 
+ERROR_OF: dict[str | None, type[EdgepackError]] = {
+    "unsupported": UnsupportedError,
+    "bad-request": InputError,
+    "storage": StorageError,
+}
+"""What is raised for each kind of failure; a ToolchainError for all others."""
+
 
 def call_converter(
     toolchain: str, lib: Path, request: Mapping[str, Json], *, timeout_s: float = TIMEOUT_S
 ) -> dict[str, Json]:
-    """The answer's result. Raises UnsupportedError, InputError or ToolchainError as the script says."""
+    """The answer's result. Raises UnsupportedError, InputError, StorageError or ToolchainError as the script says."""
     script = SCRIPTS / SCRIPT_OF[toolchain]
     line = json.dumps({**request, "lib": str(lib)})
     try:
@@ -45,5 +52,7 @@ def call_converter(
         result: dict[str, Json] = answer["result"]
         return result
     failure = answer.get("error", {})
-    kind = {"unsupported": UnsupportedError, "bad-request": InputError}.get(failure.get("kind"), ToolchainError)
-    raise kind(f"toolchain {toolchain}: {failure.get('message', 'failed without a reason')}")
+    message = f"toolchain {toolchain}: {failure.get('message', 'failed without a reason')}"
+    if failure.get("kind") == "storage":
+        message += "; is the disk full? Free some space and run the same command again"
+    raise ERROR_OF.get(failure.get("kind"), ToolchainError)(message)

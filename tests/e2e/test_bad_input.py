@@ -19,10 +19,12 @@ from onnx import numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from edgepack.__main__ import run
+from edgepack.errors import InputError
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.toolchain import load_toolchain
 from edgepack.store import cache_folder
-from tests.support.cli import clean_cache, edgepack, example
+from tests.support.cli import clean_cache, edgepack, example, share_runtimes
+from tests.support.runtime import lib_folder
 
 Spoil = Callable[[Path], None]
 
@@ -239,6 +241,14 @@ def test_a_misspelt_key_in_a_target_is_named(project: Path, capsys: pytest.Captu
     assert "unknown key 'numerics.weight_bit'; did you mean 'weight_bits'?" in message
 
 
+def test_a_misspelt_key_in_a_toolchain_is_named(tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[2] / "toolchains" / "onnxruntime.toml").read_text(encoding="utf-8")
+    path = tmp_path / "onnxruntime.toml"
+    path.write_text(shipped.replace("title =", "titel =", 1), encoding="utf-8")
+    with pytest.raises(InputError, match=r"unknown key 'titel'; did you mean 'title'\?"):
+        load_toolchain(str(path))
+
+
 def test_a_misspelt_key_in_the_inventory_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "devices.toml").write_text('[devices.lab]\nadress = "ssh://pi@lab"\n', encoding="utf-8")
     bundle = project / "x.edgepack"
@@ -262,13 +272,17 @@ def test_a_damaged_bundle_is_exit_code_8(project: Path, capsys: pytest.CaptureFi
         assert json.loads(capsys.readouterr().out)["error"]["kind"] == "verification"
 
 
-def test_a_full_disk_is_said_so_and_leaves_no_half_bundle(whole: Path, tmp_path: Path) -> None:
-    """The limit on a file's size stands in for it: the bundle is the first file that is larger."""
+@pytest.mark.parametrize(
+    ("limit", "where"),
+    [(300 << 10, "before/model.onnx"), (700 << 10, "feeds-1.npz"), (20 << 20, "dist/fashion-mnist-rpi4.edgepack")],
+)
+def test_a_full_disk_is_said_so_and_leaves_no_half_bundle(whole: Path, tmp_path: Path, limit: int, where: str) -> None:
+    """The limit on a file's size stands in for it: at the user's model, at what the judge reads, at the bundle."""
     folder = tmp_path / "project"
     shutil.copytree(whole, folder)
     pin = load_toolchain("onnxruntime").release_for("aarch64", "3.11", "2.36")
-    fetch(pin.wheels, cache_folder(), say=print)  # the limit is for the bundle, not for what pip writes
-    limit = 20 << 20
+    fetch(pin.wheels, cache_folder(), say=print)  # the limit is for the build, not for what pip and unpacking write
+    lib_folder("onnxruntime")
     done = edgepack(
         *("build", "--target", "rpi4", "--json"),
         cwd=folder,
@@ -276,7 +290,8 @@ def test_a_full_disk_is_said_so_and_leaves_no_half_bundle(whole: Path, tmp_path:
         limits=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.exit_code == 9, done.stderr
-    assert "File too large" in done.document["failures"][0]["error"]
+    error = done.document["failures"][0]["error"]
+    assert where in error and "larger than a file may be here" in error
     assert list((folder / "dist").iterdir()) == []
     assert not (folder / "edgepack.lock").exists()
 
@@ -300,3 +315,25 @@ def test_a_really_full_disk_and_one_that_is_read_only(whole: Path, tmp_path: Pat
         assert done.exit_code == 9 and "Read-only file system" in done.error
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size_kib", [100, 700, 1700, 2600])
+@pytest.mark.parametrize("target", ["rpi4", "intel-npu"])
+def test_a_full_cache_disk_is_said_so_whatever_is_written_when_it_fills_up(
+    whole: Path, tmp_path: Path, target: str, size_kib: int
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder, cache = tmp_path / "project", tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    cache.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(cache)], check=True)
+    try:
+        share_runtimes(cache)
+        done = edgepack("build", "--target", target, "--json", cwd=folder, cache=cache)
+        assert done.exit_code == 9, done.stderr
+        assert "disk" in done.document["failures"][0]["error"] or "No space" in done.document["failures"][0]["error"]
+        assert list((cache / "work").iterdir()) == [] and list((folder / "dist").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)

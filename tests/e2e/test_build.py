@@ -9,12 +9,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgepack.build.inputs import open_project
 from edgepack.bundle.bundle import open_bundle
+from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 
 ROW = {
@@ -106,6 +109,17 @@ def test_a_clean_cache_and_another_folder_give_the_same_bytes(made: Made, tmp_pa
     assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
 
 
+def test_a_colleague_with_the_lock_gets_the_same_bytes_without_judging(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "project")
+    lock = made.project / "edgepack.lock"
+    (project / lock.name).write_bytes(lock.read_bytes())
+    done = edgepack("build", "-t", "rpi4", cwd=project, cache=clean_cache(tmp_path / "cache"))
+    assert done.exit_code == 0, done.stderr
+    assert "quantise-static" in done.stderr and "judging" not in done.stderr
+    assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
+    assert (project / lock.name).read_bytes() == lock.read_bytes()
+
+
 def test_two_builds_at_once_do_not_disturb_each_other(made: Made, tmp_path: Path) -> None:
     project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
     running = [
@@ -148,6 +162,18 @@ def test_a_build_that_is_killed_at_any_moment_is_safely_taken_up(made: Made, tmp
     done = edgepack("build", "-t", "rpi4", cwd=project, cache=cache)
     assert done.exit_code == 0, done.stderr
     assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
+
+
+def test_what_a_killed_build_left_half_written_is_swept_once_it_is_old(made: Made) -> None:
+    old, young = (made.project / f"{RPI4.replace('/', '/.')}.{name}.part" for name in ("old", "young"))
+    other = made.project / "dist" / ".mine.part"
+    for path in (old, young, other):
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    os.utime(young)
+    assert made.edgepack("build", "-t", "rpi4").exit_code == 0
+    assert [path.exists() for path in (old, young, other)] == [False, True, True]
+    young.unlink()
 
 
 def test_editing_bench_defaults_of_a_target_runs_no_pass_again(made: Made) -> None:
@@ -195,6 +221,38 @@ def test_one_failing_target_does_not_keep_the_others_from_being_built(made: Made
     assert failure["target"] == "rpi3-32" and failure["exit_code"] == 4
     assert "tflite-runtime" in failure["error"] and "64-bit" in failure["error"]
     assert [row["target"] for row in done.document["bundles"]] == ["rpi4"]
+
+
+def test_several_targets_that_fail_for_several_reasons_are_exit_code_1(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "project", samples=100)
+    done = edgepack("build", "-t", "rpi3-32", "-t", "rpi4", "--json", cwd=project, cache=made.cache)
+    assert done.exit_code == 1
+    assert [failure["exit_code"] for failure in done.document["failures"]] == [4, 6]
+
+
+def test_a_projects_own_target_is_looked_for_beside_the_project(made: Made, tmp_path: Path) -> None:
+    project = example(tmp_path / "project", changes={'"rpi4", "x86-avx512-vnni", "intel-npu"': '"board.toml"'})
+    text = (Path(__file__).parents[2] / "targets" / "rpi4.toml").read_text(encoding="utf-8")
+    (project / "board.toml").write_text(text, encoding="utf-8")
+    file = project / "edgepack.toml"
+    done = edgepack("build", "--project", file, "--dry-run", "--json", cwd=tmp_path, cache=made.cache)
+    assert done.exit_code == 0, done.stderr
+    assert [plan["target"] for plan in done.document["plans"]] == ["rpi4"]
+
+    (project / "board.toml").write_text(text.replace("cores = 4", "cores = 2"), encoding="utf-8")
+    both = edgepack("build", "-t", "rpi4", "-t", project / "board.toml", "--json", cwd=project, cache=made.cache)
+    assert both.exit_code == 2 and "give it a name of its own" in both.error
+
+
+def test_another_charset_is_another_evaluation(tmp_path: Path) -> None:
+    project = example(tmp_path / "project", changes={'name = "top1"': 'name = "exact-match"\ncharset = "abc.txt"'})
+    keys = []
+    for letters in ("a\nb\n", "b\na\n"):
+        (project / "abc.txt").write_text(letters, encoding="utf-8")
+        opened = open_project(project / "edgepack.toml", Store(tmp_path / "cache"))
+        opened.__dict__["metric"] = SimpleNamespace(digest=None)  # the example's labels are no text
+        keys.append(opened.evaluation_digest)
+    assert keys[0] != keys[1]
 
 
 def test_a_missed_gate_leaves_no_bundle_old_or_new(made: Made, tmp_path: Path) -> None:

@@ -79,3 +79,13 @@ def test_a_project_file_is_not_written_over_unasked(folder: Path, capsys: pytest
     assert "--force" in capsys.readouterr().err
     assert (folder / "edgepack.toml").read_text(encoding="utf-8") == "mine"
     assert run(["init", "model.onnx", "--force"]) == 0
+
+
+def test_a_target_and_a_metric_of_ones_own_are_relative_to_the_project_file(folder: Path) -> None:
+    text = (Path(__file__).parents[2] / "targets" / "rpi4.toml").read_text(encoding="utf-8")
+    (folder / "board.toml").write_text(text, encoding="utf-8")
+    (folder / "rpi4").mkdir()  # a folder that is called as a target
+    arguments = ["init", "model.onnx", "--project", "sub/edgepack.toml", "--metric", "score.py:f1"]
+    assert run([*arguments, "--target", "board.toml", "--target", "rpi4"]) == 0
+    project = load_project(folder / "sub" / "edgepack.toml")
+    assert project.targets == ("../board.toml", "rpi4") and project.metric.name == "../score.py:f1"

@@ -69,10 +69,15 @@ def environment(cache: Path | None) -> Mapping[str, str]:
 def clean_cache(folder: Path) -> Path:
     """A cache without steps and blobs, that shares wheels and unpacked runtimes with the user's."""
     folder.mkdir(parents=True)
+    share_runtimes(folder)
+    return folder
+
+
+def share_runtimes(folder: Path) -> None:
+    """Link the user's wheels and unpacked runtimes into a cache folder."""
     for name in ("wheels", "environments"):
         (cache_folder() / name).mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(cache_folder() / name)
-    return folder
 
 
 def example(folder: Path, *, samples: int = 2000, changes: Mapping[str, str] | None = None) -> Path:

@@ -129,6 +129,67 @@ def reading_if() -> onnx.ModelProto:
     return model(nodes, inputs, [value("y", 1, 2, 4, 4)], {"w": normal(1, 2, 2, 1, 1)})
 
 
+def attention() -> onnx.ModelProto:
+    """One head of attention with a mask of -inf: x [1, 6, 8] -> y [1, 6, 8]; two of its MatMuls have no weight."""
+    node = helper.make_node
+    nodes = [
+        *(node("MatMul", ["x", f"w{part}"], [part]) for part in "qkv"),
+        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "kt"], ["scores"]),
+        node("Add", ["scores", "mask"], ["masked"]),
+        node("Softmax", ["masked"], ["p"], axis=-1),
+        node("MatMul", ["p", "v"], ["mixed"]),
+        node("MatMul", ["mixed", "wo"], ["y"]),
+    ]
+    mask = np.triu(np.full((6, 6), -np.inf, np.float32), 1)
+    weights = {f"w{part}": normal(seed, 8, 8, scale=0.35) for seed, part in enumerate("qkvo")}
+    return model(nodes, [value("x", 1, 6, 8)], [value("y", 1, 6, 8)], {**weights, "mask": mask})
+
+
+def split_outputs() -> onnx.ModelProto:
+    """Outputs made in float, one of them read by a convolution, and a constant output: x -> y, s0, s1, anchors."""
+    node = helper.make_node
+    nodes = [node("Split", ["x"], ["s0", "s1"], axis=1), node("Conv", ["s1", "w"], ["y"])]
+    half = (1, 2, 4, 4)
+    outputs = [value("y", *half), value("s0", *half), value("s1", *half), value("anchors", 3)]
+    constants = {"w": normal(1, 2, 2, 1, 1), "anchors": np.arange(3, dtype=np.float32)}
+    return model(nodes, [value("x", 1, 4, 4, 4)], outputs, constants, opset=13)
+
+
+def unlucky_names() -> onnx.ModelProto:
+    """Tensors called as the names that a rewrite makes for them and for the nodes beside them: x -> y."""
+    node = helper.make_node
+    nodes = [
+        node("Relu", ["x"], ["n.weight"]),
+        node("Conv", ["n.weight", "ep:n.weight.f"], ["ep:x.q"], name="n"),
+        node("Relu", ["ep:x.q"], ["n.bias"]),
+        node("Conv", ["n.bias", "ep#n.weight"], ["y"], name="n.weight"),
+    ]
+    constants = {"ep:n.weight.f": normal(1, 2, 2, 1, 1), "ep#n.weight": normal(2, 2, 2, 1, 1)}
+    return model(nodes, [value("x", 1, 2, 4, 4)], [value("y", 1, 2, 4, 4)], constants)
+
+
+def old_branches(opset: int) -> onnx.ModelProto:
+    """Conv, Clip to 6, and an If that squeezes by attributes, which opset 13 turned into inputs: x, flag -> y."""
+
+    def branch(name: str, kind: str) -> onnx.GraphProto:
+        made = [
+            helper.make_node("Squeeze", ["r"], [f"{name}s"], axes=[0]),
+            helper.make_node(kind, [f"{name}s"], [f"{name}k"]),
+            helper.make_node("Unsqueeze", [f"{name}k"], [name], axes=[0]),
+        ]
+        return helper.make_graph(made, name, [], [value(name, 1, 2, 4, 4)])
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Clip", ["c", "zero", "six"], ["r"]),
+        helper.make_node("If", ["flag"], ["y"], then_branch=branch("t", "Neg"), else_branch=branch("e", "Abs")),
+    ]
+    inputs = [value("x", 1, 2, 4, 4), value("flag", dtype=TensorProto.BOOL)]
+    limits = {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+    return model(nodes, inputs, [value("y", 1, 2, 4, 4)], {"w": normal(1, 2, 2, 1, 1), **limits}, opset=opset)
+
+
 def reversed_padding() -> onnx.ModelProto:
     """Padding as PyTorch's F.pad exports it: [left, right, ...] reversed by a Slice of step -1; x [1, 1, 4, 4]."""
     node = helper.make_node

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepack.passes.affine import INT32_MAX, activation_scale, quantise_bias, quantise_weight, weight_scales
+from edgepack.passes.affine import BIAS_MAX, activation_scale, quantise_bias, quantise_weight, weight_scales
 
 finite = st.floats(-1e6, 1e6, width=32)
 
@@ -50,10 +50,18 @@ def test_a_large_bias_over_tiny_weights_does_not_leave_int32() -> None:
     scales = weight_scales(weight, 0, 8, bias=bias, input_scale=input_scale)
     wide = scales.astype(np.float64) * input_scale
     integers = quantise_bias(bias, wide)
-    assert abs(int(integers[0])) <= INT32_MAX
+    assert abs(int(integers[0])) <= BIAS_MAX * 1.001  # the rest of int32 is for the products
     assert integers[0] * wide[0] == pytest.approx(1e3, rel=1e-6)
 
 
 def test_rounding_is_half_to_even_as_in_onnx() -> None:
     weight = np.array([[0.5, 1.5, 2.5, 127]], np.float32)
     assert quantise_weight(weight, np.ones(1, np.float32), 0, 8).integers.tolist() == [[0, 2, 2, 127]]
+
+
+def test_the_product_of_two_tiny_scales_is_a_number_to_divide_by() -> None:
+    weight, bias, input_scale = np.full((2, 4), 1e-25, np.float32), np.zeros(2, np.float32), 1e-20
+    scales = weight_scales(weight, 0, 8, bias=bias, input_scale=input_scale)
+    wide = scales * np.float32(input_scale)
+    assert np.all(wide > 0)
+    assert quantise_bias(bias, wide.astype(np.float64)).tolist() == [0, 0]

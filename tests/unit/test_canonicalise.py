@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import onnxslim
 import pytest
-from onnx import numpy_helper
+from onnx import numpy_helper, version_converter
 
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import Canonicalise, relative_error, simplify, upgrade
+from edgepack.passes.canonicalise import Canonicalise, refuse_quantised, relative_error, simplify, upgrade
 from edgepack.passes.contract import PassContext, PassDefect, opset_of
 from edgepack.passes.fold import fold_constants
 from edgepack.store import Json
@@ -33,7 +33,13 @@ def apply(graph: onnx.ModelProto, folder: Path, dimensions: dict[str, Json] | No
     return onnx.load(made["model"])
 
 
-@pytest.mark.parametrize("build", [graphs.residual, graphs.perceptron, graphs.shared_weight, graphs.reversed_padding])
+GRAPHS = [
+    *(graphs.residual, graphs.perceptron, graphs.shared_weight, graphs.reversed_padding, graphs.pooled),
+    *(graphs.attention, graphs.split_outputs, graphs.reading_if),
+]
+
+
+@pytest.mark.parametrize("build", GRAPHS)
 def test_the_function_stays_and_a_second_time_changes_nothing(build: object, tmp_path: Path) -> None:
     graph: onnx.ModelProto = build()  # type: ignore[operator]
     once = apply(graph, tmp_path / "once")
@@ -56,6 +62,37 @@ def test_a_free_dimension_without_a_value_is_refused(tmp_path: Path) -> None:
 def test_an_old_opset_is_upgraded_so_that_scales_can_be_per_channel() -> None:
     assert opset_of(upgrade(graphs.residual(opset=11))) == 17
     assert opset_of(upgrade(graphs.residual(opset=13))) == 13
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+def test_attributes_inside_a_branch_are_upgraded_too(opset: int, tmp_path: Path) -> None:
+    graph = graphs.old_branches(opset)
+    made = apply(graph, tmp_path)
+    onnx.checker.check_model(made)
+    assert opset_of(made) == 17
+    for flag in (True, False):
+        feed = {**graphs.samples(graph, 1, seed=5)[0], "flag": np.array(flag)}
+        assert relative_error(graphs.run(graph, feed)["y"], graphs.run(made, feed)["y"]) < 1e-5
+
+
+def test_a_model_of_the_first_format_becomes_one_whose_constants_are_no_inputs(tmp_path: Path) -> None:
+    graph = graphs.residual(opset=11)
+    graph.ir_version = 3
+    graph.graph.input.extend(graphs.value(t.name, *t.dims) for t in list(graph.graph.initializer))
+    onnx.checker.check_model(graph)
+    (tmp_path / "in.onnx").write_bytes(serialise(graph))
+    made = simplify(upgrade(graph))
+    onnx.checker.check_model(made)
+    assert [each.name for each in made.graph.input] == ["x"] and made.ir_version >= 4
+
+
+def test_an_operator_that_cannot_be_upgraded_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise version_converter.ConvertError("no adapter for Scan\nand more")
+
+    monkeypatch.setattr(version_converter, "convert_version", fail)
+    with pytest.raises(InputError, match=r"opset 11 cannot be upgraded to 17.*no adapter for Scan; export the model"):
+        upgrade(graphs.residual(opset=11))
 
 
 def test_every_node_has_a_name_of_its_own(tmp_path: Path) -> None:
@@ -119,8 +156,26 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
         apply(graph, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["DynamicQuantizeLinear", "QLinearConv", "QLinearAdd", "MatMulNBits"])
+def test_a_quantised_operator_is_found_inside_a_branch_too(kind: str) -> None:
+    graph = graphs.reading_if()
+    graph.graph.node[-1].attribute[0].g.node[0].op_type = kind
+    with pytest.raises(UnsupportedError, match=f"already quantised .it has {kind}"):
+        refuse_quantised(graph)
+
+
 def test_errors_are_relative_to_the_largest_value_and_nan_must_match() -> None:
     a = np.array([0.0, 10.0])
     assert relative_error(a, np.array([0.1, 10.0])) == pytest.approx(0.01)
     assert relative_error(a, np.array([np.nan, 10.0])) == float("inf")
     assert relative_error(a, np.zeros(3)) == float("inf")
+
+
+def test_infinities_must_match_and_hide_no_error_beside_them() -> None:
+    a = np.array([np.inf, -np.inf, 10.0])
+    assert relative_error(a, a) == 0
+    assert relative_error(a, np.array([np.inf, -np.inf, 9.0])) == pytest.approx(0.1)
+    assert relative_error(a, np.array([np.inf, np.inf, 10.0])) == float("inf")
+    assert relative_error(a, np.array([np.inf, -np.inf, np.nan])) == float("inf")
+    assert relative_error(np.array([1.0]), np.array([np.inf])) == float("inf")
+    assert relative_error(np.array([np.nan]), np.array([np.nan])) == 0

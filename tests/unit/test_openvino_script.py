@@ -19,7 +19,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgepack.errors import UnsupportedError
+from edgepack.errors import StorageError, UnsupportedError
+from edgepack.runtimes.converter import call_converter
 from edgepack.runtimes.environment import environment, host_python
 from edgepack.spec.toolchain import load_toolchain
 from edgepack.store import cache_folder
@@ -423,13 +424,19 @@ def test_no_feeds_are_refused(lib: Path, net: Path, tmp_path: Path) -> None:
 def test_an_output_folder_that_cannot_be_made_is_reported(lib: Path, net: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     request = {"verb": "convert", "lib": str(lib), "model": str(net), "output": str(tmp_path / "file" / "out")}
-    assert "cannot be written" in refusal(request, "runtime")
+    assert "cannot be written" in refusal(request, "storage")
+
+
+def test_a_failed_write_is_a_storage_error_to_the_build(lib: Path, net: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"Free some space"):
+        call_converter("nncf", lib, {"verb": "convert", "model": str(net), "output": str(tmp_path / "file" / "out")})
 
 
 def test_a_write_that_is_cut_short_is_reported_and_leaves_the_old_files(lib: Path, net: Path, tmp_path: Path) -> None:
     request = {"verb": "convert", "lib": str(lib), "model": str(net), "output": str(tmp_path)}
     before = contents(result(request))
-    assert "cannot be written" in refusal(request, "runtime", file_limit=12_000)
+    assert "cannot be written" in refusal(request, "storage", file_limit=12_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
     assert [(tmp_path / name).read_bytes() for name in ("model.xml", "model.bin")] == before
 

@@ -15,7 +15,8 @@ Requests, `?` marks what may be left out:
 
 Answers: `{ok: true, result: {...}}`, or `{ok: false, error: {kind, message}}` with kind `bad-request` (the
 request, the model's file or a feed is wrong), `unsupported` (a sound model that these libraries cannot
-take: the operator or the dimension is named), `runtime` (a library failed) or `internal` (a defect here).
+take: the operator or the dimension is named), `storage` (the output cannot be written, or only in part),
+`runtime` (a library failed) or `internal` (a defect here).
 Each result has `inputs` and `outputs`: [{name, names, dtype, shape}], null for a free dimension,
 `operators`: {type: count}, `versions`: {openvino, nncf}. Convert and quantise add
 `files: {model, weights}`; quantise adds `samples` (feeds used), `ignored`: {type: count} and `warnings`.
@@ -214,7 +215,7 @@ def write_model(model: Any, folder: Path, *, compress_to_fp16: bool) -> dict[str
     import openvino
 
     files = {"model": folder / "model.xml", "weights": folder / "model.bin"}
-    with failing_as("runtime", f"{folder}: cannot be written"):
+    with failing_as("storage", f"{folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as scratch:
             part = Path(scratch, "model.xml")
