@@ -129,8 +129,9 @@ class MomentStream:
             return np.full(self._shape[0], 1.0 if count < 2 else 0.0)
         whole = np.square(second).sum(axis=(1, 2)) - np.square(np.diagonal(second, axis1=1, axis2=2)).sum(axis=1)
         variance = (self._squares - count * whole) / (count * (count - 1))
-        share = np.divide(variance, whole, out=np.zeros_like(whole), where=whole > variance)
-        return np.where(whole > variance, np.maximum(share, 0.0), np.sign(np.maximum(variance, 0.0)))
+        usable = whole > np.maximum(variance, 0.0)
+        share = np.divide(variance, whole, out=np.ones_like(whole), where=usable)
+        return np.asarray(np.clip(share, 0.0, 1.0), np.float64)
 
 
 def _off_diagonal_squares(rows: Matrix) -> Matrix:
