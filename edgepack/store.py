@@ -4,8 +4,8 @@
     <cache>/steps/<key>.json       what a step with this key made: {"files": {name: digest}, "facts": {...}}
 
 Everything is written to a temporary file in the same folder and renamed, so a name is either
-absent or whole. A blob is hashed again when it is read: one that rotted is removed and counts as
-absent, and the step that made it runs again.
+absent or whole. A blob is hashed again when it is read: one that rotted counts as absent, so the step
+that made it runs again and replaces it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgepack.errors import StorageError
+
+NEW_S = 60.0  # a workspace so young may be between its making and its lock
+LEFT_OVER_S = 3600.0  # a blob is written in seconds, to a slow network drive in minutes
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -144,14 +148,11 @@ class Store:
         return self.blob_path(digest) if self._sound(digest) else None
 
     def _sound(self, digest: str) -> bool:
+        """One that rotted stays until it is replaced: to remove it here could hit what another build has just put."""
         path = self.blob_path(digest)
-        with storage_errors(path):
-            if not path.is_file():
-                return False
-            if digest_file(path) == digest:
-                return True
-            path.unlink(missing_ok=True)
-            return False
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):  # somebody may empty the cache meanwhile
+            return path.is_file() and digest_file(path) == digest
+        return False
 
     def record(self, key: str, record: StepRecord) -> None:
         """Remember what the step with this key made."""
@@ -170,7 +171,7 @@ class Store:
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             return None  # written by another version, or torn by a power cut: run the step again
         if not all(_is_plain(name) and _is_digest(digest) for name, digest in record.files.items()):
-            return None  # damaged: a path in a digest's place would be taken for a blob that rotted, and removed
+            return None  # damaged: a path in a digest's place could lead anywhere
         return record if all(self._sound(digest) for digest in record.files.values()) else None
 
     def materialise(self, record: StepRecord, folder: Path) -> dict[str, Path]:
@@ -193,6 +194,7 @@ class Store:
         with storage_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             _sweep(root)
+            _sweep_parts(self.folder)
             folder = Path(tempfile.mkdtemp(dir=root))
             lock = _lock(folder)
         try:
@@ -229,14 +231,23 @@ def _lock(folder: Path) -> int | None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove workspaces whose process is gone: nobody holds their lock, and they are not brand-new."""
-    import time
+    """Remove workspaces whose process is gone: nobody holds their lock, and they are not brand-new.
 
+    What another user left, say root, stays: it is in nobody's way.
+    """
     for folder in root.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - folder.stat().st_mtime < 60:
-                continue  # may just be between mkdtemp and its lock
-        lock = _lock(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < NEW_S:
+                continue
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _sweep_parts(folder: Path) -> None:
+    """Remove what killed builds left half written beside blobs and steps."""
+    for part in [*folder.glob("blobs/??/.*.part"), *folder.glob("steps/.*.part")]:
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > LEFT_OVER_S:
+                part.unlink()
