@@ -210,7 +210,8 @@ def _check_opset(path: Path, model: onnx.ModelProto) -> None:
 def _check_structure(path: Path, model: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        # A ValueError: onnx's own message, or a name in the file, is not UTF-8.
         raise InputError(f"{path}: not a valid ONNX model: {str(error).splitlines()[0]}; export it again") from error
 
 
@@ -219,7 +220,13 @@ def _check_finite(path: Path, model: onnx.ModelProto) -> None:
     for tensor in _tensors(model):
         if tensor.data_type not in FLOATS:
             continue
-        values = numpy_helper.to_array(tensor)
+        try:
+            values = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{path}: the weight '{tensor.name}' {list(tensor.dims)} has other data than its shape says ({error}); "
+                "export it again"
+            ) from error
         bad = int(np.count_nonzero(np.isnan(values)))
         infinite = int(np.count_nonzero(np.isinf(values))) if tensor.name in multiplied else 0
         if bad or infinite:

@@ -54,7 +54,7 @@ def fix_dimensions(model: onnx.ModelProto, values: Mapping[str, int], where: Pat
         # Strict on a copy that claims nothing of its outputs: runtimes too take a wrong claim there with a warning.
         onnx.shape_inference.infer_shapes(_without_output_shapes(fixed), data_prop=True, strict_mode=True)
         inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{where}: shapes do not fit together with {_shown(values)}: {_cause(error)}; "
             "check the values under [dimensions]"
@@ -122,5 +122,8 @@ def _spec(value: onnx.ValueInfoProto, *, index_names: bool) -> TensorSpec:
             shape.append(dimension.dim_value)
         else:
             shape.append(_free_name(dimension) or (f"{value.name}.{index}" if index_names else None))
-    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)) if kind.elem_type else "float32"
+    try:
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)) if kind.elem_type else "float32"
+    except (KeyError, TypeError) as error:
+        raise InputError(f"'{value.name}' has the unknown type {kind.elem_type}; export the model again") from error
     return TensorSpec(name=value.name, dtype=dtype, shape=tuple(shape))

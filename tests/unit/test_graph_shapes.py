@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 from onnx import helper
 
@@ -46,3 +47,44 @@ def test_a_value_that_nobody_asked_for_is_refused_with_the_nearest_name() -> Non
         fix_dimensions(graphs.residual("N"), {"n": 1}, "m.onnx")
     with pytest.raises(InputError, match="this model has no free dimension"):
         fix_dimensions(graphs.residual(), {"N": 1}, "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("kind", "second"), [("MatMul", graphs.value("k", "M", 4)), ("Add", graphs.value("k", "M", 5))]
+)
+def test_sizes_that_do_not_fit_together_are_named(kind: str, second: onnx.ValueInfoProto) -> None:
+    node = helper.make_node(kind, ["x", "k"], ["y"])
+    graph = graphs.model([node], [graphs.value("x", "N", 5), second], [graphs.value("y", "A", "B")], {})
+    with pytest.raises(InputError, match=rf"m\.onnx: shapes do not fit together with N = 2, M = 3: .*{kind}"):
+        fix_dimensions(graph, {"N": 2, "M": 3}, "m.onnx")
+
+
+def test_an_output_whose_claim_is_wrong_is_no_reason_to_refuse() -> None:
+    """Exporters leave the batch they traced with there; runtimes take it with a warning."""
+    graph = graphs.residual("N")
+    graph.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    assert inputs(fix_dimensions(graph, {"N": 2}, "m.onnx"))[0].shape == (2, 3, 8, 8)
+
+
+def test_a_size_that_only_running_shows_has_no_name() -> None:
+    node = helper.make_node("NonZero", ["x"], ["y"])
+    graph = graphs.model([node], [graphs.value("x", "N", 4)], [graphs.value("y", 2, "found", dtype=7)], {})
+    assert outputs(fix_dimensions(graph, {"N": 2}, "m.onnx"))[0].shape == (2, None)
+
+
+def test_an_input_without_a_shape_and_one_that_is_no_tensor_are_refused() -> None:
+    graph = graphs.residual()
+    graph.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(InputError, match="'x' states no shape"):
+        inputs(graph)
+    graph.graph.input[0].type.sequence_type.elem_type.tensor_type.elem_type = 1
+    with pytest.raises(InputError, match="'x' is not a tensor"):
+        inputs(graph)
+
+
+def test_a_dimension_that_two_inputs_share_is_asked_for_once() -> None:
+    node = helper.make_node("Add", ["x", "k"], ["y"])
+    ends = [graphs.value("x", "N", 4), graphs.value("k", "N", 4)], [graphs.value("y", "N", 4)]
+    graph = graphs.model([node], *ends, {})
+    assert free_dimensions(graph) == {"N": ["x float32[N, 4]", "k float32[N, 4]"]}
+    assert [spec.shape for spec in inputs(fix_dimensions(graph, {"N": 7}, "m.onnx"))] == [(7, 4), (7, 4)]
