@@ -122,7 +122,7 @@ def channel_peaks(model: onnx.ModelProto, sizes: Mapping[str, int], activations:
 
 
 def _append_peak(probe: onnx.ModelProto, number: int, name: str, size: int) -> str:
-    """[size], NaN where the channel is not finite: ReduceMax passes over a NaN, but x - x does not, nor does its sum."""
+    """[size], NaN where a channel is not finite: ReduceMax passes over a NaN, but x - x does not, nor does its sum."""
     graph, base = probe.graph, f"{PREFIX}:{number}"
     rows, size_of, largest, axis, difference, unsound = (
         f"{base}:{part}" for part in ("rows", "shape", "largest", "axis", "difference", "unsound")
