@@ -7,8 +7,11 @@ inference, which forgets the step of a Slice. It turned PyTorch's reversed paddi
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper, reference
 
 FOLDABLE = frozenset(
@@ -18,6 +21,12 @@ FOLDABLE = frozenset(
     }
 )
 """What exporters write shapes with; the reference implementation gives for these what every runtime gives."""
+
+BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Equal", "Where"})
+
+CANNOT = (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What numpy and the reference implementation raise where a node has no value that all runtimes agree on: division by
+0, an index outside, a float that no integer holds, a sparse constant. Such a node stays, for the runtime to judge."""
 
 LIMIT_BYTES = 1 << 20  # of a result: shape arithmetic is small, and a weight that is expanded stays an operator
 
@@ -65,13 +74,43 @@ def _value(
         return None
     if sum(constants[name].ByteSize() for name in reads) > LIMIT_BYTES:
         return None
+    return _computed(node, {name: constants[name] for name in reads}, model)
+
+
+def _computed(
+    node: onnx.NodeProto, reads: dict[str, onnx.TensorProto], model: onnx.ModelProto
+) -> onnx.TensorProto | None:
+    """The node alone, run; None where it has no sure value, or too large a one."""
     output = onnx.ValueInfoProto(name=node.output[0])
-    graph = helper.make_graph([node], "fold", [], [output], [constants[name] for name in dict.fromkeys(reads)])
+    graph = helper.make_graph([node], "fold", [], [output], list(reads.values()))
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    made = reference.ReferenceEvaluator(alone).run([node.output[0]], {})
+    try:
+        if _most_values(node, [numpy_helper.to_array(reads[name]) for name in node.input if name]) > LIMIT_BYTES:
+            return None
+        with np.errstate(divide="raise", invalid="raise"):
+            made = reference.ReferenceEvaluator(alone).run([node.output[0]], {})
+    except CANNOT:
+        return None
     assert isinstance(made, list)
     result = np.asarray(made[0], order="C")  # ascontiguousarray would make a scalar one-dimensional
     return None if result.nbytes > LIMIT_BYTES else numpy_helper.from_array(result, node.output[0])
+
+
+def _most_values(node: onnx.NodeProto, reads: list[NDArray[np.generic]]) -> int:
+    """How many values the result has where that can be more than is read: a few bytes can ask for gigabytes."""
+    if node.op_type == "ConstantOfShape":
+        return math.prod(int(size) for size in reads[0].ravel())
+    if node.op_type == "Expand":
+        return math.prod(np.broadcast_shapes(reads[0].shape, tuple(int(size) for size in reads[1].ravel())))
+    if node.op_type == "Range":
+        start, limit, step = (float(each) for each in reads)
+        return math.ceil((limit - start) / step)
+    if node.op_type == "Gather":
+        rows = reads[0].shape[next((int(each.i) for each in node.attribute if each.name == "axis"), 0)]
+        return reads[1].size * (reads[0].size // max(rows, 1))
+    if node.op_type in BROADCASTING:
+        return math.prod(np.broadcast_shapes(*(each.shape for each in reads)))
+    return 0
 
 
 def _static_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
