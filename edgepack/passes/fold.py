@@ -106,8 +106,9 @@ def _most_values(node: onnx.NodeProto, reads: list[NDArray[np.generic]]) -> int:
         start, limit, step = (float(each) for each in reads)
         return math.ceil((limit - start) / step)
     if node.op_type == "Gather":
-        rows = reads[0].shape[next((int(each.i) for each in node.attribute if each.name == "axis"), 0)]
-        return int(reads[1].size) * (int(reads[0].size) // max(rows, 1))
+        axis = next((int(each.i) for each in node.attribute if each.name == "axis"), 0)
+        rows = int(reads[0].shape[axis])
+        return reads[1].size * (reads[0].size // max(rows, 1))
     if node.op_type in BROADCASTING:
         return math.prod(np.broadcast_shapes(*(each.shape for each in reads)))
     return 0
