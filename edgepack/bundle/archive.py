@@ -59,7 +59,7 @@ def read_members(stream: BinaryIO, where: str) -> Iterator[Member]:
         stream.seek(offset)
         header = stream.read(BLOCK)
         if header == END[:BLOCK]:
-            if stream.read() != END[BLOCK:]:
+            if stream.read(BLOCK + 1) != END[BLOCK:]:
                 raise VerificationError(f"{where}: something stands behind the archive's end")
             return
         member = _member(header, offset + BLOCK, where)

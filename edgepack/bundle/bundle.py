@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +42,7 @@ class Bundle:
     def read(self, path: str) -> bytes:
         """The bytes of one file, checked against the manifest. Raises VerificationError."""
         member = self.members[path]
-        with self.path.open("rb") as stream:
+        with _reading(self.path), self.path.open("rb") as stream:
             stream.seek(member.offset)
             data = stream.read(member.bytes)
         if path != MANIFEST and digest_bytes(data) != self.manifest.files[path].sha256:
@@ -73,7 +75,7 @@ class Bundle:
 
     def verify(self) -> None:
         """Check the sha256 of every file. Raises VerificationError naming the first that is wrong."""
-        with self.path.open("rb") as stream:
+        with _reading(self.path), self.path.open("rb") as stream:
             for path, entry in self.manifest.files.items():
                 if self._copy(stream, path, None) != entry.sha256:
                     raise _wrong(self.path, path)
@@ -84,10 +86,10 @@ def open_bundle(path: Path) -> Bundle:
 
     Raises InputError when there is no such file, VerificationError when it is not what its manifest says.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such bundle; build one with `edgepack build`, or check the path")
     where = str(path)
-    try:
+    with _reading(path):
+        if not path.is_file():
+            raise InputError(f"{path}: no such bundle; build one with `edgepack build`, or check the path")
         with path.open("rb") as stream:
             members = {member.path: member for member in read_members(stream, where)}
             first = next(iter(members.values()), None)
@@ -97,11 +99,17 @@ def open_bundle(path: Path) -> Bundle:
                 raise VerificationError(f"{where}: a manifest of {first.bytes} bytes; at most {MAX_MANIFEST_BYTES}")
             stream.seek(first.offset)
             data = stream.read(first.bytes)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     manifest = parse_manifest(data, where)
     _same_files(manifest, members, where)
     return Bundle(path=path, manifest=manifest, manifest_bytes=data, members=members)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _same_files(manifest: Manifest, members: dict[str, Member], where: str) -> None:

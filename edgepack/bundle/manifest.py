@@ -1,4 +1,8 @@
-"""manifest.json: everything that was decided about a bundle, so that nobody downstream looks at the project again."""
+"""manifest.json: everything that was decided about a bundle, so that nobody downstream looks at the project again.
+
+Canonical JSON with a checksum of itself: it holds the sha256 of every other file, and nothing holds its own. The
+checksum finds damage; it proves nothing about who made the bundle.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from edgepack.errors import VerificationError
-from edgepack.store import canonical_json
+from edgepack.store import Json, canonical_json, digest_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"
+"""Key of the sha256 of the rest of the manifest, as canonical JSON."""
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096
 MAX_FILE_BYTES = 4 << 30  # bytes
@@ -23,7 +29,7 @@ Facts = dict[str, pydantic.JsonValue]
 
 
 class Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileEntry(Part):
@@ -154,6 +160,9 @@ class Manifest(Part):
     def _paths_stay_inside(cls, value: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for path in value:
             check_path(path)
+            for folder in map(str, PurePosixPath(path).parents):
+                if folder in value:
+                    raise ValueError(f"'{folder}' is a file, and a folder of '{path[:80]}'")
         return value
 
     @model_validator(mode="after")
@@ -176,12 +185,13 @@ def check_path(path: str) -> None:
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Canonical JSON; its sha256 is the bundle's digest."""
-    return canonical_json(manifest.model_dump(mode="json")) + b"\n"
+    """Canonical JSON with its checksum; the sha256 of these bytes is the bundle's digest."""
+    table = manifest.model_dump(mode="json")
+    return canonical_json(table | {CHECKSUM: digest_json(table)}) + b"\n"
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Raises VerificationError for anything but a manifest of this schema."""
+    """Raises VerificationError for anything but a whole manifest of this schema."""
     if len(data) > MAX_MANIFEST_BYTES:
         raise VerificationError(f"{where}: a manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read")
     try:
@@ -191,9 +201,23 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     found = table.get("schema_version") if isinstance(table, dict) else None
     if found != SCHEMA:
         raise VerificationError(f"{where}: manifest schema {found!r}; this edgepack reads {SCHEMA}: build it again")
+    _check_sum(table, data, where)
     try:
         return Manifest.model_validate(table)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise VerificationError(f"{where}: manifest: '{key}': {first['msg']}") from error
+
+
+def _check_sum(table: dict[str, Json], data: bytes, where: str) -> None:
+    """Takes the checksum out of `table`. Raises VerificationError unless `data` is the one way to write it all."""
+    damaged = VerificationError(f"{where}: the manifest is not what was written; it is damaged: copy or build it again")
+    try:
+        canonical = canonical_json(table) + b"\n" == data
+        checksum = table.pop(CHECKSUM, None)
+        sound = canonical and checksum == digest_json(table)
+    except (ValueError, RecursionError) as error:  # NaN, which is no JSON, or half a surrogate pair
+        raise damaged from error
+    if not sound:
+        raise damaged

@@ -11,13 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgepack.bundle.archive import BLOCK, END, write_archive
 from edgepack.bundle.bundle import Bundle, open_bundle
-from edgepack.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
-from edgepack.bundle.pack import npz_bytes
-from edgepack.errors import InputError, VerificationError
+from edgepack.bundle.manifest import CHECKSUM, MANIFEST, MAX_MANIFEST_BYTES
+from edgepack.bundle.pack import Parts, npz_bytes, write_bundle
+from edgepack.errors import InputError, StorageError, VerificationError
+from edgepack.protocol import RUNNER_PATH
+from edgepack.store import canonical_json, digest_json
+from tests.support.graphs import Array
 from tests.support.runtime import feeds, make_bundle
 
 Change = Callable[[dict[str, bytes]], None]
@@ -71,13 +75,15 @@ def test_other_tars_can_list_and_unpack_it(bundle: Bundle, tmp_path: Path) -> No
 
 
 def test_any_flipped_bit_is_found(bundle: Bundle, tmp_path: Path) -> None:
-    """Two hundred seeded places, over headers, contents, padding and end."""
+    """Two hundred seeded places over headers, manifest, contents, padding and end."""
     whole = bundle.path.read_bytes()
     random_ = random.Random(20)
     path = tmp_path / "flipped.edgepack"
     places = [random_.randrange(len(whole)) for _ in range(150)]
     places += [member.offset - BLOCK + random_.randrange(BLOCK) for member in bundle.members.values() for _ in range(8)]
     places += [len(whole) - 1, len(whole) - len(END)]
+    manifest = bundle.members[MANIFEST]
+    places += [manifest.offset + random_.randrange(manifest.bytes) for _ in range(60)]
     for place in places:
         data = bytearray(whole)
         data[place] ^= 1 << random_.randrange(8)
@@ -135,9 +141,11 @@ def too_long(files: dict[str, bytes]) -> None:
 
 
 def edit(files: dict[str, bytes], change: Callable[[Any], object]) -> None:
+    """A manifest that somebody wrote, with a checksum that is right."""
     table = json.loads(files[MANIFEST])
+    del table[CHECKSUM]
     change(table)
-    files[MANIFEST] = json.dumps(table).encode()
+    files[MANIFEST] = canonical_json(table | {CHECKSUM: digest_json(table)}) + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +239,46 @@ def test_one_name_twice_is_refused(bundle: Bundle, tmp_path: Path) -> None:
         open_bundle(path)
 
 
+def test_extract_replaces_what_was_there_only_by_what_is_right(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "runner.py").write_bytes(b"old")
+    data = bytearray(bundle.path.read_bytes())
+    data[bundle.members["runner.py"].offset] ^= 1
+    (tmp_path / "x.edgepack").write_bytes(data)
+    wrong = open_bundle(tmp_path / "x.edgepack")
+    for take in (lambda: wrong.extract("runner.py", tmp_path), lambda: wrong.read("runner.py"), wrong.verify):
+        with pytest.raises(VerificationError, match=r"'runner\.py' is not what the manifest says"):
+            take()
+    assert (tmp_path / "runner.py").read_bytes() == b"old"
+
+
+def test_a_bundle_that_is_cut_while_it_is_open_gives_nothing_wrong(bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "x.edgepack"
+    path.write_bytes(bundle.path.read_bytes())
+    opened = open_bundle(path)
+    path.write_bytes(b"")
+    with pytest.raises(VerificationError):
+        opened.verify()
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        opened.verify()
+
+
+def test_a_bundle_that_cannot_be_written_leaves_the_old_one(bundle: Bundle, tmp_path: Path) -> None:
+    again = make_bundle(tmp_path, wheels=())
+    before = again.path.read_bytes()
+    parts = Parts(
+        model={"model": tmp_path / "model.onnx"},
+        wheels=[tmp_path / "gone.whl"],
+        runner=RUNNER_PATH,
+        golden_inputs=b"",
+        golden_outputs=b"",
+    )
+    with pytest.raises(StorageError, match=r"gone\.whl"):
+        write_bundle(again.path, again.manifest, parts)
+    assert again.path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_what_is_no_bundle_at_all_is_said_so(tmp_path: Path) -> None:
     path = tmp_path / "x.edgepack"
     with pytest.raises(InputError, match="no such bundle"):
@@ -254,3 +302,15 @@ def test_extract_leaves_nothing_where_a_file_is_not_what_the_manifest_says(bundl
 
 def test_an_npz_follows_from_its_arrays_alone() -> None:
     assert npz_bytes(feeds(2)) == npz_bytes(feeds(2))
+
+
+def test_an_npz_keeps_shapes_and_types_scalars_too() -> None:
+    arrays: dict[str, Array] = {
+        "scalar": np.array(3, np.int64),
+        "rows": np.zeros((2, 0, 3), np.float16),
+        "flag": np.array([True]),
+    }
+    with np.load(io.BytesIO(npz_bytes(arrays)), allow_pickle=False) as found:
+        assert {name: (found[name].shape, found[name].dtype) for name in found.files} == {
+            name: (array.shape, array.dtype) for name, array in arrays.items()
+        }
