@@ -11,10 +11,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepack.passes.contract import Activations
+from edgepack.passes.contract import Activations, opset_of
 from edgepack.passes.ranges import min_max
 
 BINS = 2048  # Migacz 2017, "8-bit Inference with TensorRT", slide 38
+SCATTER_ADDS = 16  # ScatterElements has `reduction` from here on (ONNX operator changelog)
 PREFIX = "edgepack:histogram"
 
 Range = tuple[float, float]
@@ -60,14 +61,15 @@ def histograms(model: onnx.ModelProto, names: Sequence[str], activations: Activa
 def counting_model(model: onnx.ModelProto, extremes: Mapping[str, Range]) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The model with one more output [BINS + 1] for each tensor, and that output's name.
 
-    The bin's number is worked out by Sub, Mul, Clip and Cast, and the numbers are counted by
-    TfIdfVectorizer in its mode TF with one-grams, which is a bincount that every opset from 9 on has.
+    The bin's number is worked out by Sub, Mul, Clip and Cast. The numbers are counted by ScatterElements, which adds
+    up ones; before opset 16 by TfIdfVectorizer in its mode TF with one-grams, which is a bincount too, 2 to 3 times
+    slower in onnxruntime.
     """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     fetch: dict[str, str] = {}
     for number, (name, (low, high)) in enumerate(extremes.items()):
-        fetch[name] = _count(probe.graph, number, name, low, high)
+        fetch[name] = _count(probe.graph, number, name, low, high, scatter=opset_of(model) >= SCATTER_ADDS)
     for label, value in _SHARED.items():
         probe.graph.initializer.append(numpy_helper.from_array(value, f"{PREFIX}:{label}"))
     return probe, fetch
@@ -78,10 +80,11 @@ _SHARED: dict[str, NDArray[np.generic]] = {
     "top": np.asarray(BINS - 1, np.float32),
     "zeros": np.asarray(BINS, np.int32),
     "flat": np.asarray([-1], np.int64),
+    "empty": np.zeros(BINS + 1, np.float32),
 }
 
 
-def _count(graph: onnx.GraphProto, number: int, name: str, low: float, high: float) -> str:
+def _count(graph: onnx.GraphProto, number: int, name: str, low: float, high: float, *, scatter: bool) -> str:
     base = f"{PREFIX}:{number}"
     per_unit = BINS / (high - low) if high > low else 0.0
     if not np.isfinite(np.float32(per_unit)):
@@ -100,10 +103,15 @@ def _count(graph: onnx.GraphProto, number: int, name: str, low: float, high: flo
     is_zero = node("Equal", [name, f"{PREFIX}:zero"], "is_zero")
     split = node("Where", [is_zero, f"{PREFIX}:zeros", bins], "split")
     row = node("Reshape", [split, f"{PREFIX}:flat"], "row")
-    everything = list(range(BINS + 1))
-    counted = node(
-        "TfIdfVectorizer", [row], "counts", mode="TF", min_gram_length=1, max_gram_length=1, max_skip_count=0,
-        ngram_counts=[0], ngram_indexes=everything, pool_int64s=everything,
-    )  # fmt: skip
+    if scatter:
+        one = numpy_helper.from_array(np.ones(1, np.float32))
+        ones = node("ConstantOfShape", [node("Shape", [row], "size")], "ones", value=one)
+        counted = node("ScatterElements", [f"{PREFIX}:empty", row, ones], "counts", reduction="add")
+    else:
+        everything = list(range(BINS + 1))
+        counted = node(
+            "TfIdfVectorizer", [row], "counts", mode="TF", min_gram_length=1, max_gram_length=1, max_skip_count=0,
+            ngram_counts=[0], ngram_indexes=everything, pool_int64s=everything,
+        )  # fmt: skip
     graph.output.append(helper.make_tensor_value_info(counted, TensorProto.FLOAT, [BINS + 1]))
     return counted
