@@ -15,6 +15,7 @@ from edgepack.graph.load import serialise
 from edgepack.passes.canonicalise import Canonicalise, refuse_quantised, relative_error, simplify, upgrade
 from edgepack.passes.contract import PassContext, PassDefect, opset_of
 from edgepack.passes.fold import fold_constants
+from edgepack.passes.qdq_plan import plan_qdq
 from edgepack.store import Json
 from tests.support import graphs
 
@@ -84,6 +85,16 @@ def test_a_model_of_the_first_format_becomes_one_whose_constants_are_no_inputs(t
     made = simplify(upgrade(graph))
     onnx.checker.check_model(made)
     assert [each.name for each in made.graph.input] == ["x"] and made.ir_version >= 4
+
+
+def test_a_clip_whose_limits_were_attributes_is_absorbed_when_quantised() -> None:
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["c"]),
+        onnx.helper.make_node("Clip", ["c"], ["y"], min=0.0, max=6.0),
+    ]
+    ends = [graphs.value("x", 1, 2, 4, 4)], [graphs.value("y", 1, 2, 4, 4)]
+    graph = graphs.model(nodes, *ends, {"w": graphs.normal(1, 2, 2, 1, 1)}, opset=10)
+    assert plan_qdq(simplify(upgrade(graph))).absorbed == {"make_y"}
 
 
 def test_an_operator_that_cannot_be_upgraded_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,4 +54,25 @@ def test_damage_is_named_with_the_cure(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "edgepack.lock"
     path.write_text(damage, encoding="utf-8")
     with pytest.raises(InputError, match=r"edgepack\.lock: .*remove"):
+        read_lock(path)
+
+
+def test_a_damaged_lock_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "edgepack.lock"
+    path.write_text("<<<<<<< HEAD\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"not a lock of edgepack .*take it back from git"):
+        update_lock(path, "rpi4", entry(), tmp_path / "cache")
+    assert path.read_text(encoding="utf-8") == "<<<<<<< HEAD\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("plan", 3), ("model", "x"), ("verdict", []), ("bundle_bytes", "7"), ("surprise", "x")]
+)
+def test_a_field_of_another_type_or_name_is_named(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "edgepack.lock"
+    update_lock(path, "rpi4", entry(), tmp_path / "cache")
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table["builds"]["rpi4"][field] = value
+    path.write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(InputError, match=f"not a lock of edgepack .*'{field}'"):
         read_lock(path)

@@ -1,0 +1,92 @@
+"""The two OpenVINO passes: what they ask their converter for, and what they make of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from edgepack.errors import UnsupportedError
+from edgepack.graph.load import serialise
+from edgepack.passes.contract import PassContext, PassDefect
+from edgepack.passes.openvino import NNCF_SAMPLES, ConvertOpenvino, QuantiseNncf
+from edgepack.spec.project import Project
+from edgepack.spec.target import load_target
+from edgepack.store import Json
+from tests.support import graphs
+
+PROJECT = Project(name="small", model="model.onnx")
+FILES: dict[str, Json] = {"model": "out/model.xml", "weights": "out/model.bin"}
+
+
+class Converter:
+    """A converter that keeps the requests and gives one answer."""
+
+    def __init__(self, answer: dict[str, Json], folder: Path) -> None:
+        self.answer = answer
+        self.requests: list[dict[str, Json]] = []
+        self.asked: list[int] = []
+        self.context = PassContext(
+            activations=graphs.activations([]), tool=self._call, feed_files=self._feeds, folder=folder
+        )
+
+    def _call(self, request: Mapping[str, Json]) -> Mapping[str, Json]:
+        self.requests.append(dict(request))
+        return self.answer
+
+    def _feeds(self, count: int) -> Sequence[Path]:
+        self.asked.append(count)
+        return [Path("0.npz"), Path("1.npz")]
+
+
+def model(folder: Path, batch: int | str = 1) -> dict[str, Path]:
+    path = folder / "in.onnx"
+    path.write_bytes(serialise(graphs.residual(batch)))
+    return {"model": path}
+
+
+def test_the_converter_is_asked_for_float32_and_its_files_are_handed_on(tmp_path: Path) -> None:
+    converter = Converter({"files": FILES}, tmp_path)
+    params = ConvertOpenvino().params_for(PROJECT, load_target("intel-npu"))
+    files = model(tmp_path)
+    made = ConvertOpenvino().apply(files, params, converter.context)
+    assert made == {"model": Path("out/model.xml"), "weights": Path("out/model.bin")}
+    assert converter.requests == [
+        {"verb": "convert", "model": str(files["model"]), "output": str(tmp_path), "compress_to_fp16": False}
+    ]
+
+
+def test_a_free_dimension_is_refused_before_the_converter_is_asked(tmp_path: Path) -> None:
+    converter = Converter({"files": FILES}, tmp_path)
+    with pytest.raises(UnsupportedError, match="convert-openvino: needs fixed shapes; N is free"):
+        ConvertOpenvino().apply(model(tmp_path, "N"), {}, converter.context)
+    assert converter.requests == []
+
+
+def test_nncf_gets_the_calibration_samples_and_the_targets_numerics(tmp_path: Path) -> None:
+    converter = Converter({"files": FILES, "operators": {"FakeQuantize": 3, "Convolution": 2}}, tmp_path)
+    params = QuantiseNncf().params_for(PROJECT, load_target("intel-npu"))
+    QuantiseNncf().apply({"model": tmp_path / "m.xml", "weights": tmp_path / "m.bin"}, params, converter.context)
+    (request,) = converter.requests
+    assert converter.asked == [NNCF_SAMPLES]
+    assert request["feeds"] == ["0.npz", "1.npz"]
+    assert request["verb"] == "quantise" and request["target_device"] == "NPU"
+
+
+def test_weights_are_halved_where_products_saturate() -> None:
+    params = QuantiseNncf().params_for(PROJECT, load_target("x86-avx2"))
+    assert (params["target_device"], params["half_range_weights"]) == ("CPU", "all")
+    assert QuantiseNncf().params_for(PROJECT, load_target("x86-avx512-vnni"))["half_range_weights"] == "none"
+
+
+@pytest.mark.parametrize("answer", [{}, {"operators": {"Convolution": 2}}, {"operators": []}])
+def test_a_model_that_nncf_left_in_float_is_a_defect(answer: dict[str, Json], tmp_path: Path) -> None:
+    with pytest.raises(PassDefect, match="without a single quantised operator"):
+        QuantiseNncf().apply({"model": tmp_path / "m.xml"}, {}, Converter({"files": FILES, **answer}, tmp_path).context)
+
+
+@pytest.mark.parametrize("files", [None, [], {}, {"model": "m.xml"}, {**FILES, "more": "x"}])
+def test_an_answer_that_names_no_model_and_weights_is_a_defect(files: Json, tmp_path: Path) -> None:
+    with pytest.raises(PassDefect, match="the converter named no files"):
+        ConvertOpenvino().apply(model(tmp_path), {}, Converter({"files": files}, tmp_path).context)
