@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from edgepack.build.execute import Workbench, execute, model_files
 from edgepack.build.inputs import OpenProject
-from edgepack.build.lock import Locked
+from edgepack.build.lock import Locked, verdict_from
 from edgepack.build.planner import BuildPlan
 from edgepack.bundle.pack import golden_count, npz_bytes, stack
 from edgepack.errors import InputError, UnsupportedError
@@ -90,14 +89,6 @@ def _verdict(
         bench.store.record(key, known := StepRecord(files={}, facts=facts))
     raise_for(verdict_from(known.facts))
     return known.facts
-
-
-def verdict_from(facts: Mapping[str, Json]) -> Verdict:
-    """The verdict that `to_json` wrote."""
-    table = dict(facts)
-    interval = table.get("interval")
-    table["interval"] = tuple(interval) if isinstance(interval, list) else None  # type: ignore[assignment]
-    return Verdict(**table)  # type: ignore[arg-type]
 
 
 def _measure(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Workbench) -> Verdict:

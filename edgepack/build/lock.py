@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pydantic
+
 from edgepack.errors import InputError
+from edgepack.judge.gate import Verdict
 from edgepack.store import Json, digest_bytes, storage_errors, write_atomic
 
 LOCK_SCHEMA = 1
@@ -58,12 +63,30 @@ def _entry(table: dict[str, object]) -> Locked:
     for name, value in table.items():
         if not isinstance(value, kinds.get(name, str)):
             raise TypeError(f"'{name}' is {value!r:.40}")
-    return Locked(**table)  # type: ignore[arg-type]
+    entry = Locked(**table)  # type: ignore[arg-type]
+    if entry.verdict is not None:
+        verdict_from(entry.verdict)
+    return entry
+
+
+_VERDICT = pydantic.TypeAdapter(Verdict)
+
+
+def verdict_from(facts: Mapping[str, Json]) -> Verdict:
+    """The verdict that `to_json` wrote. Raises ValueError for a table that is none."""
+    known = {field.name for field in dataclasses.fields(Verdict)}
+    if known != set(facts):
+        raise ValueError(f"'verdict' has other keys than this version's: {', '.join(sorted(known ^ set(facts)))}")
+    try:
+        return _VERDICT.validate_json(json.dumps(dict(facts)), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"'verdict.{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
 
 
 def update_lock(path: Path, name: str, entry: Locked, guard_folder: Path) -> None:
     """Set one entry and keep the others, also when several builds write at once. Raises StorageError."""
-    with _exclusive(guard_folder / f"lock-{digest_bytes(str(path.resolve()).encode())[:16]}"):
+    with _exclusive(guard_folder / f"lock-{digest_bytes(os.fsencode(path.resolve()))[:16]}"):
         builds = read_lock(path) | {name: entry}
         table = {"schema": LOCK_SCHEMA, "builds": {key: _as_json(each) for key, each in sorted(builds.items())}}
         write_atomic(path, json.dumps(table, indent=1, sort_keys=True).encode() + b"\n")

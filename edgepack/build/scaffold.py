@@ -95,8 +95,15 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
     text = _render(path, answers, written, guessed, open_dimensions)
     import tomllib
 
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path}: {error.object[max(error.start - 9, 0) : error.end + 9]!r} would be in it, a path or name that is "
+            "not UTF-8 and cannot stand in a TOML file; rename that file or folder"
+        ) from error
     check(Project, tomllib.loads(text), str(path))
-    write_atomic(path, text.encode())
+    write_atomic(path, data)
     return written
 
 

@@ -14,7 +14,7 @@ import edgepack
 from edgepack.build.execute import Workbench
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Judged, judge_plan, judged_from_lock
-from edgepack.build.lock import Locked, lock_path, read_lock, update_lock
+from edgepack.build.lock import Locked, lock_path, read_lock, update_lock, verdict_from
 from edgepack.build.packing import Packed, pack
 from edgepack.build.planner import BuildPlan, PlanFacts, make_plan
 from edgepack.bundle.bundle import SUFFIX, open_bundle
@@ -168,8 +168,8 @@ def _build_one(opened: OpenProject, plan: BuildPlan, options: BuildOptions, benc
     lock = lock_path(options.project_file)
     name = f"{plan.target.name} {plan.system.name} {plan.recipe.precision}"
     found = None if options.relock else read_lock(lock).get(name)
-    locked = found if found is not None and found.plan == plan.key else None
-    if locked is not None and path.is_file() and digest_file(path) == locked.bundle:
+    locked = found if found is not None and _vouches(found, plan) else None
+    if locked is not None and _is_whole(path, locked):
         bench.say(f"{plan.target.name}: unchanged, {path}")
         return _built(opened, plan, path, locked, cached=True)
     judged = (
@@ -183,6 +183,25 @@ def _build_one(opened: OpenProject, plan: BuildPlan, options: BuildOptions, benc
     if entry != found:
         update_lock(lock, name, entry, bench.store.folder)
     return _built(opened, plan, path, entry, cached=False)
+
+
+def _vouches(found: Locked, plan: BuildPlan) -> bool:
+    """Whether an entry is of this very plan and lets it ship; a merge can have left one that does not: judge anew."""
+    if found.plan != plan.key:
+        return False
+    if found.verdict is None:
+        return plan.recipe.precision == "fp32"
+    verdict = verdict_from(found.verdict)
+    return verdict.holds and verdict.interval is not None
+
+
+def _is_whole(path: Path, locked: Locked) -> bool:
+    """Whether the bundle is there, byte for byte, and in a form that this version reads."""
+    with storage_errors(path), contextlib.suppress(FileNotFoundError, InputError, VerificationError):
+        if path.is_file() and digest_file(path) == locked.bundle:
+            open_bundle(path)
+            return True
+    return False
 
 
 def _locked(plan: BuildPlan, judged: Judged, packed: Packed) -> Locked:

@@ -19,7 +19,8 @@ def say(line: str) -> None:
 
 
 def show_json(document: object) -> None:
-    typer.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    """ASCII, so that any terminal's encoding takes it, and a path that is no UTF-8 is told all the same."""
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))
 
 
 class Meter:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from edgepack.build.lock import Locked, lock_path, read_lock, update_lock
+from edgepack.build.lock import Locked, lock_path, read_lock, update_lock, verdict_from
 from edgepack.errors import InputError
+from edgepack.judge.gate import Verdict
+from edgepack.store import Json
+
+VERDICT = Verdict(
+    metric="top1",
+    baseline=0.9,
+    value=0.9,
+    drop=0.0,
+    interval=(-0.1, 0.1),
+    confidence=0.95,
+    samples=9,
+    max_drop=0.2,
+    answer="passed",
+    extra={"sqnr_db": None},
+)
+
+
+def facts(verdict: Verdict) -> dict[str, Json]:
+    table: dict[str, Json] = json.loads(json.dumps(verdict.to_json()))
+    return table
 
 
 def entry(plan: str = "p") -> Locked:
@@ -18,7 +40,7 @@ def entry(plan: str = "p") -> Locked:
         plan=plan,
         model={"model.onnx": "a" * 64},
         golden="b" * 64,
-        verdict={"metric": "top1", "interval": [-0.1, 0.1]},
+        verdict=facts(VERDICT),
         judged_in="onnxruntime 1 on x86_64 (CPU)",
         bundle="c" * 64,
         bundle_bytes=7,
@@ -76,3 +98,30 @@ def test_a_field_of_another_type_or_name_is_named(tmp_path: Path, field: str, va
     path.write_text(json.dumps(table), encoding="utf-8")
     with pytest.raises(InputError, match=f"not a lock of edgepack .*'{field}'"):
         read_lock(path)
+
+
+def test_a_verdict_is_read_back_as_it_was(tmp_path: Path) -> None:
+    assert verdict_from(facts(VERDICT)) == VERDICT
+    missed = dataclasses.replace(VERDICT, value=None, drop=None, interval=None, answer="missed", reason="NaN")
+    assert verdict_from(facts(missed)) == missed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("answer", "perhaps"), ("interval", [0.1]), ("drop", "0.1"), ("surprise", 1), ("is_share", None), ("extra", [1])],
+)
+def test_a_verdict_that_a_merge_has_spoilt_is_named(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "edgepack.lock"
+    update_lock(path, "rpi4", entry(), tmp_path / "cache")
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table["builds"]["rpi4"]["verdict"][field] = value
+    path.write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(InputError, match=f"not a lock of edgepack .*{field}"):
+        read_lock(path)
+
+
+def test_a_path_that_is_no_utf8_has_a_lock_too(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    update_lock(folder / "edgepack.lock", "rpi4", entry(), tmp_path / "cache")
+    assert read_lock(folder / "edgepack.lock") == {"rpi4": entry()}
