@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from edgepack.build.inputs import OpenProject
 from edgepack.build.planner import BuildPlan, Step
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import read_model, serialise
+from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
 from edgepack.judge.session import RuntimeSession
 from edgepack.passes import PASSES
@@ -139,6 +139,6 @@ def _feed_files(count: int, opened: OpenProject, folder: Path) -> list[Path]:
     for index in range(min(count, len(opened.calibration))):
         path = folder / f"{index:06}.npz"
         with storage_errors(path):
-            np.savez(path, allow_pickle=False, **opened.calibration.feed(index))
+            path.write_bytes(npz_bytes(opened.calibration.feed(index)))
         paths.append(path)
     return paths

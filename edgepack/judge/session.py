@@ -8,12 +8,13 @@ from types import TracebackType
 
 import numpy as np
 
-from edgepack.errors import DeviceError, InputError, StorageError, ToolchainError
+from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError, ToolchainError
+from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
 from edgepack.protocol import ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
 
-CHUNK_BYTES = 32 << 20  # of feeds in one exchange; outputs can be some times larger
+CHUNK_BYTES = 64 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
 CHUNK_FEEDS = 512
 
 
@@ -54,50 +55,87 @@ class RuntimeSession:
             options=self._options,
             threads=1,
         )
-        for chunk in _chunks(feeds):
-            yield from self._exchange(model, chunk, fetch)
+        chunks = _Chunks(feeds)
+        for chunk in chunks:
+            try:
+                outputs = self._exchange(model, chunk, fetch)
+            except RunnerError as error:
+                if error.failure != "bad-request" or len(chunk) == 1:
+                    raise self._explained(error) from error
+                # outputs whose shape follows from the data cannot be stacked; what is really wrong shows again
+                chunks.limit = 1
+                for feed in chunk:
+                    yield from self._alone(model, feed, fetch)
+            else:
+                chunks.note(len(chunk), sum(array.nbytes for array in outputs.values()))
+                for index in range(len(chunk)):
+                    yield {name: array[index] for name, array in outputs.items()}
 
-    def _exchange(self, model: ModelRef, chunk: list[Feed], fetch: Sequence[str] | None) -> Iterator[Feed]:
+    def _alone(self, model: ModelRef, feed: Feed, fetch: Sequence[str] | None) -> Iterator[Feed]:
+        try:
+            outputs = self._exchange(model, [feed], fetch)
+        except RunnerError as error:
+            raise self._explained(error) from error
+        yield {name: array[0] for name, array in outputs.items()}
+
+    def _exchange(self, model: ModelRef, chunk: list[Feed], fetch: Sequence[str] | None) -> Feed:
+        """Outputs stacked over the chunk. Raises RunnerError as the runner refuses or fails."""
         self._exchanges += 1
         batch = self._folder / f"feeds-{self._exchanges}.npz"
         output = self._folder / f"outputs-{self._exchanges}.npz"
         try:
             with storage_errors(batch):
-                np.savez(batch, allow_pickle=False, **{name: np.stack([f[name] for f in chunk]) for name in chunk[0]})
+                batch.write_bytes(npz_bytes({name: np.stack([f[name] for f in chunk]) for name in chunk[0]}))
             try:
                 self._client.infer_batch(model, str(batch), len(chunk), str(output), fetch=fetch)
-            except RunnerError as error:
-                if error.failure in ("runtime", "bad-request"):
-                    raise InputError(f"the model cannot be run: {error}") from error
-                if error.failure == "storage":
-                    raise StorageError(
-                        f"{output}: cannot be written: {error}; free some space and run again"
-                    ) from error
-                raise ToolchainError(f"{self._runtime} failed on this machine: {error}") from error
+            except RunnerError:
+                raise
             except DeviceError as error:
                 raise ToolchainError(
                     f"{self._runtime} ended on this machine while it ran the model: {error}"
                 ) from error
             with np.load(output, allow_pickle=False) as stacked:
-                outputs = {name: stacked[name] for name in stacked.files}
+                return {name: stacked[name] for name in stacked.files}
         finally:
             batch.unlink(missing_ok=True)
             output.unlink(missing_ok=True)
-        for index in range(len(chunk)):
-            yield {name: array[index] for name, array in outputs.items()}
+
+    def _explained(self, error: RunnerError) -> EdgepackError:
+        """What a runner's failure means where it runs on this machine."""
+        if error.failure in ("runtime", "bad-request"):
+            return InputError(f"the model cannot be run: {error}")
+        if error.failure == "storage":
+            return StorageError(f"{self._folder}: cannot be written: {error}; free some space and run again")
+        return ToolchainError(f"{self._runtime} failed on this machine: {error}")
 
 
-def _chunks(feeds: Iterable[Feed]) -> Iterator[list[Feed]]:
-    """Feeds in lists that can be stacked: equal shapes, and not too many bytes."""
-    chunk: list[Feed] = []
-    size = 0
-    for feed in feeds:
-        weight = sum(array.nbytes for array in feed.values())
-        alike = not chunk or all(feed[name].shape == chunk[0][name].shape for name in feed)
-        if chunk and (not alike or size + weight > CHUNK_BYTES or len(chunk) >= CHUNK_FEEDS):
+class _Chunks:
+    """Feeds in lists that can be stacked: equal shapes, and not too many bytes with the outputs they give.
+
+    How large outputs are is not known before the first: it goes alone, and `note` tells what it gave.
+    """
+
+    def __init__(self, feeds: Iterable[Feed]) -> None:
+        self._feeds = feeds
+        self._output_bytes = 0
+        self.limit = 1
+
+    def note(self, count: int, output_bytes: int) -> None:
+        """That `count` feeds gave outputs of so many bytes."""
+        self._output_bytes = max(self._output_bytes, output_bytes // count)
+        self.limit = CHUNK_FEEDS
+
+    def __iter__(self) -> Iterator[list[Feed]]:
+        chunk: list[Feed] = []
+        size = 0
+        for feed in self._feeds:
+            weight = sum(array.nbytes for array in feed.values()) + self._output_bytes
+            alike = not chunk or all(feed[name].shape == chunk[0][name].shape for name in feed)
+            if chunk and (not alike or size + weight > CHUNK_BYTES or len(chunk) >= self.limit):
+                yield chunk
+                chunk, size = [], 0
+                weight = sum(array.nbytes for array in feed.values()) + self._output_bytes
+            chunk.append(feed)
+            size += weight
+        if chunk:
             yield chunk
-            chunk, size = [], 0
-        chunk.append(feed)
-        size += weight
-    if chunk:
-        yield chunk
