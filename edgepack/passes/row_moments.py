@@ -69,30 +69,30 @@ class MomentStream:
         chunk, so for later ones lambda is off by what the mean moved.
         """
         self._sum_up()
-        origins = self._origin or (np.zeros((self._shape[0], 1, self._shape[1])),) * 2
         count = max(self._rows, 1)
         mean, gap = self._sums / count
-        second = self._second / count
         kept = np.ones(self._shape[0])
-        cross = None
-        scale = self._scale[:, 0]
-        start, start_gap = origins[0][:, 0], origins[1][:, 0]
+        second, cross = self._second / count, None
         if self._cross is None:
-            second = second - mean * mean if centred else second + start * (2 * mean + start)
-            second = second * scale**2
+            second = (second - mean**2) * self._scale[:, 0] ** 2
         else:
-            kept = 1 - self._shrinkage(second)
-            cross = self._cross / count
-            second -= mean[:, :, None] * mean[:, None, :]
-            cross -= mean[:, :, None] * gap[:, None, :]
-            for matrix in (second, cross):
-                _shrink(matrix, kept)
-                np.multiply(matrix, scale[:, :, None] * scale[:, None, :], out=matrix)
-        mean, gap = mean * scale + start, gap * scale + start_gap
-        if not centred and cross is not None:
-            second += mean[:, :, None] * mean[:, None, :]
-            cross += mean[:, :, None] * gap[:, None, :]
+            kept -= self._shrinkage(second)
+            second = self._covariance(second, mean, mean, kept)
+            cross = self._covariance(self._cross / count, mean, gap, kept)
+        start, start_gap = self._origin or (0.0, 0.0)
+        mean, gap = ((sums[:, None] * self._scale + first)[:, 0] for sums, first in ((mean, start), (gap, start_gap)))
+        if not centred:
+            second += mean**2 if cross is None else mean[:, :, None] * mean[:, None, :]
+            cross = None if cross is None else cross + mean[:, :, None] * gap[:, None, :]
         return Moments(mean=mean, mean_gap=gap, second=second, cross=cross, shrinkage=1 - kept, samples=self._samples)
+
+    def _covariance(self, second: Matrix, one: Matrix, other: Matrix, kept: Matrix) -> Matrix:
+        """From second moments about the origin to the shrunk covariance in the columns' own units, in place."""
+        scale = self._scale[:, 0]
+        second -= one[:, :, None] * other[:, None, :]
+        _shrink(second, kept)
+        second *= scale[:, :, None] * scale[:, None, :]
+        return second
 
     def _sum_up(self) -> None:
         if not self._waiting:
