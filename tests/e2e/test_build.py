@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -94,6 +95,28 @@ def test_a_lost_bundle_is_made_again_byte_for_byte_without_judging_again(made: M
     assert path.read_bytes() == whole
 
 
+def test_a_lock_that_says_missed_ships_nothing_on_its_word(made: Made) -> None:
+    lock = made.project / "edgepack.lock"
+    whole = lock.read_bytes()
+    table = json.loads(whole)
+    table["builds"]["rpi4 debian-12 int8"]["verdict"]["answer"] = "missed"
+    lock.write_text(json.dumps(table), encoding="utf-8")
+    (row,) = rows(made.edgepack("build", "-t", "rpi4", "--json"))
+    assert row["cached"] is False and row["answer"] == "passed"
+    assert json.loads(lock.read_bytes()) == json.loads(whole)
+
+
+def test_a_bundle_that_this_version_cannot_read_is_made_again(made: Made) -> None:
+    lock, path = made.project / "edgepack.lock", made.project / RPI4
+    whole, bundle = lock.read_text(encoding="utf-8"), path.read_bytes()
+    path.write_bytes(b"of another format")
+    old, new = hashlib.sha256(bundle).hexdigest(), hashlib.sha256(path.read_bytes()).hexdigest()
+    assert old in whole
+    lock.write_text(whole.replace(old, new), encoding="utf-8")
+    assert rows(made.edgepack("build", "-t", "rpi4", "--json"))[0]["cached"] is False
+    assert path.read_bytes() == bundle and lock.read_text(encoding="utf-8") == whole
+
+
 def test_a_damaged_bundle_is_made_again(made: Made) -> None:
     path = made.project / RPI4
     whole = path.read_bytes()
@@ -142,26 +165,49 @@ def test_two_builds_at_once_do_not_disturb_each_other(made: Made, tmp_path: Path
     assert sorted(lock["builds"]) == ["rpi4 debian-12 int8", "x86-avx2 debian-12 int8"]
 
 
+def start_build(project: Path, cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("build", "-t", "rpi4"),
+        cwd=project,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def test_a_build_that_is_killed_at_any_moment_is_safely_taken_up(made: Made, tmp_path: Path) -> None:
+    """In each of its phases, at a moment drawn from a seed; what it did before, the next one takes up."""
     project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
-    moments = random.Random(7)
-    for _ in range(6):
-        process = subprocess.Popen(
-            command("build", "-t", "rpi4"),
-            cwd=project,
-            env=environment(cache),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(moments.uniform(0.1, 3.0))
+    whole, moments = (made.project / RPI4).read_bytes(), random.Random(7)
+    for phase in ("canonicalise", "quantise-static", "quantise-static", "judging", "packing", "packing"):
+        process = start_build(project, cache)
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if line.startswith(f"rpi4: {phase}")), None)
+        assert said is not None, phase
+        time.sleep(moments.uniform(0, 0.4))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         bundle = project / RPI4
-        assert not bundle.exists() or bundle.read_bytes() == (made.project / RPI4).read_bytes()
+        assert not bundle.exists() or bundle.read_bytes() == whole
+        bundle.unlink(missing_ok=True)
     done = edgepack("build", "-t", "rpi4", cwd=project, cache=cache)
     assert done.exit_code == 0, done.stderr
-    assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
+    assert (project / RPI4).read_bytes() == whole
+
+
+def test_ctrl_c_ends_a_build_with_one_line_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """A terminal interrupts the whole group of processes: the runner too."""
+    project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
+    process = start_build(project, cache)
+    assert process.stderr is not None
+    assert any(line.startswith("rpi4: judging") for line in process.stderr)
+    os.killpg(process.pid, signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.splitlines() == ["edgepack: error: interrupted"]
+    assert list((cache / "work").iterdir()) == [] and list((project / "dist").iterdir()) == []
 
 
 def test_what_a_killed_build_left_half_written_is_swept_once_it_is_old(made: Made) -> None:
@@ -270,6 +316,23 @@ def test_a_missed_gate_leaves_no_bundle_old_or_new(made: Made, tmp_path: Path) -
     assert not (project / RPI4).exists()
 
 
+def test_a_metric_of_ones_own_judges_and_a_change_of_it_judges_again(made: Made, tmp_path: Path) -> None:
+    changes = {'"top1"': '"judge.py:points"', "max_drop = 0.01": "max_drop = 5.0"}
+    project = example(tmp_path / "project", samples=300, changes=changes)
+    code = """
+def points(outputs, labels):
+    right = [output["y"].argmax() == label for output, label in zip(outputs, labels)]
+    return SCALE * sum(right) / len(right)
+"""
+    (project / "judge.py").write_text(code.replace("SCALE", "100"), encoding="utf-8")
+    (row,) = rows(edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache))
+    assert row["metric"].endswith("points") and 80 < row["baseline"] < 100 and row["interval"][1] < 5
+    (project / "judge.py").write_text(code.replace("SCALE", "10_000"), encoding="utf-8")
+    again = edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache)
+    assert "judging" in again.stderr and "quantise" not in again.stderr
+    assert again.exit_code in (5, 6) and not (project / RPI4).exists()
+
+
 def test_too_few_samples_are_unresolved_and_ship_only_where_that_is_accepted(made: Made, tmp_path: Path) -> None:
     project = example(tmp_path / "project", samples=100)
     done = edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache)
@@ -282,6 +345,10 @@ def test_too_few_samples_are_unresolved_and_ship_only_where_that_is_accepted(mad
     accuracy = open_bundle(project / RPI4).manifest.accuracy
     assert accuracy is not None
     assert accuracy.verdict["answer"] == "unresolved" and accuracy.verdict["accepted_unresolved"] is True
+    (row,) = rows(edgepack("build", "-t", "rpi4", "--accept-unresolved", "--json", cwd=project, cache=made.cache))
+    assert row["cached"] is True and row["answer"] == "unresolved" and row["accepted_unresolved"] is True
+    assert edgepack("build", "-t", "rpi4", cwd=project, cache=made.cache).exit_code == 6
+    assert not (project / RPI4).exists()  # what was accepted once must not pass for accepted now
 
 
 def test_a_size_budget_fails_closed(made: Made, tmp_path: Path) -> None:
