@@ -10,9 +10,10 @@ import numpy as np
 
 from edgepack.errors import InputError
 from edgepack.judge.data import DataSet, open_data
+from edgepack.judge.data_set import Role
 from edgepack.judge.metric import MetricInstance
 from edgepack.judge.metrics import make_metric
-from edgepack.spec.project import Project, load_project
+from edgepack.spec.project import Data, Project, load_project
 from edgepack.spec.tensor import TensorSpec
 from edgepack.store import Json, StepRecord, Store, digest_file, digest_json
 
@@ -86,13 +87,7 @@ class OpenProject:
                 "the project names no calibration data, which int8 ranges are measured on; add it: [calibration] "
                 'data = "calibration.npz"'
             )
-        return open_data(
-            self.project.calibration,
-            root=self.root,
-            inputs=self.interface.inputs,
-            preprocess=self.project.preprocess,
-            role="calibration",
-        )
+        return self._open(self.project.calibration, "calibration")
 
     @cached_property
     def evaluation(self) -> DataSet:
@@ -101,13 +96,21 @@ class OpenProject:
                 "the project names no evaluation data, without which nothing can be proved; add samples that are not "
                 'calibration ones: [evaluation] data = "evaluation.npz" (labels may be left out)'
             )
-        return open_data(
-            self.project.evaluation,
-            root=self.root,
-            inputs=self.interface.inputs,
-            preprocess=self.project.preprocess,
-            role="evaluation",
-        )
+        return self._open(self.project.evaluation, "evaluation")
+
+    def _open(self, source: Data, role: Role) -> DataSet:
+        try:
+            opened = open_data(
+                source, root=self.root, inputs=self.interface.inputs, preprocess=self.project.preprocess, role=role
+            )
+            if source.labels is not None and not (self.root / Path(source.data).expanduser()).is_dir():
+                raise InputError(
+                    f"[{role}] labels: found {source.labels!r}, which is for a folder of pictures; {source.data} is "
+                    "none: an .npz holds an array 'labels', a function gives pairs (feed, label)"
+                )
+        except OSError as error:  # of the name itself, say one too long
+            raise InputError(f"{role} data {source.data}: cannot be read: {error.strerror or error}") from error
+        return opened
 
     @cached_property
     def metric(self) -> MetricInstance:
@@ -121,8 +124,21 @@ class OpenProject:
 
         _ = self.interface, self.calibration, self.evaluation
         resolve_max_drop(self.metric, self.project.gate)
+        _ = self.evaluation_digest
         if self.project.calibration and _same_samples(self.calibration, self.evaluation):
-            raise InputError("calibration and evaluation data have the same contents; give samples of its own to each")
+            raise InputError(
+                "calibration and evaluation data have the same contents, or one begins with the other; a gate on what "
+                "the model was calibrated on proves nothing: give samples of its own to each"
+            )
+
+    def _charset_digest(self, charset: str) -> str:
+        path = self.root / Path(charset).expanduser()
+        try:
+            return digest_file(path)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read: {error.strerror}; expected the charset, one character a line"
+            ) from error
 
     @property
     def evaluation_digest(self) -> str:
@@ -132,17 +148,18 @@ class OpenProject:
             {
                 "data": self.evaluation.digest,
                 "metric": self.metric.digest,
-                "charset": digest_file(self.root / Path(charset).expanduser()) if charset else None,
+                "charset": self._charset_digest(charset) if charset else None,
             }
         )
 
 
 def _same_samples(one: DataSet, other: DataSet) -> bool:
-    """Whether first, middle and last sample are equal: enough to find one set given twice, and quick."""
-    if len(one) != len(other):
-        return False
-    places = {0, len(one) // 2, len(one) - 1}
-    pairs = [(one.feed(place), other.feed(place)) for place in sorted(places)]
+    """Whether first, middle and last sample of the shorter set are equal in both.
+
+    Enough to find one set given twice, also with a limit, and quick.
+    """
+    shorter = min(len(one), len(other))
+    pairs = [(one.feed(place), other.feed(place)) for place in sorted({0, shorter // 2, shorter - 1})]
     return all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
 
 

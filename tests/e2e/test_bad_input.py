@@ -129,6 +129,47 @@ def copied_data(project: Path) -> None:
     shutil.copy(project / "calibration.npz", project / "evaluation.npz")
 
 
+def same_data_with_a_limit(project: Path) -> None:
+    edit_toml(project, 'data = "evaluation.npz"', 'data = "./calibration.npz"')
+
+
+def long_name(project: Path) -> None:
+    edit_toml(project, "calibration.npz", "x" * 300)
+
+
+def labels_of_no_folder(project: Path) -> None:
+    edit_toml(project, 'data = "evaluation.npz"', 'data = "evaluation.npz"\nlabels = "labels.csv"')
+
+
+def charset_of_a_folder(project: Path) -> None:
+    edit_toml(project, '"top1"', '"top1"\ncharset = "."')
+
+
+def nan_evaluation(project: Path) -> None:
+    def spoil(arrays: dict[str, NDArray[Any]]) -> None:
+        arrays["x"] = arrays["x"][:50].astype(np.float32)
+        arrays["labels"] = arrays["labels"][:50]
+        arrays["x"][7, 0, 3, 3] = np.inf
+
+    rewrite_data(project, "evaluation.npz", spoil)
+
+
+def no_calibration(project: Path) -> None:
+    edit_toml(project, "[calibration]\n", "[calibration_]\n")
+    text = (project / "edgepack.toml").read_text(encoding="utf-8")
+    head, _, tail = text.partition("[calibration_]")
+    (project / "edgepack.toml").write_text(head + tail[tail.index("[evaluation]") :], encoding="utf-8")
+
+
+def broken_metric(project: Path) -> None:
+    (project / "judge.py").write_text("def score(outputs, labels:\n", encoding="utf-8")
+    edit_toml(project, '"top1"', '"judge.py:score"')
+
+
+def folder_for_a_model(project: Path) -> None:
+    edit_toml(project, '"model.onnx"', '"."')
+
+
 def misspelt_project(project: Path) -> None:
     edit_toml(project, "[preprocess]", "[preproces]")
 
@@ -168,6 +209,14 @@ BAD: list[tuple[Spoil, str, str]] = [
     (cut_data, "evaluation.npz", "npz"),
     (same_data, "calibration and evaluation name the same data", "of its own"),
     (copied_data, "the same contents", "of its own"),
+    (same_data_with_a_limit, "the same contents", "of its own"),
+    (long_name, "calibration data xxx", "File name too long"),
+    (labels_of_no_folder, "found 'labels.csv', which is for a folder of pictures", "an array 'labels'"),
+    (charset_of_a_folder, "Is a directory", "one character a line"),
+    (nan_evaluation, "evaluation data evaluation.npz", "7"),
+    (no_calibration, "names no calibration data", '[calibration] data = "calibration.npz"'),
+    (broken_metric, "judge.py:1: SyntaxError", "never closed"),
+    (folder_for_a_model, "is a folder", "expected an .onnx file"),
     (misspelt_project, "unknown key 'preproces'", "did you mean 'preprocess'?"),
     (misspelt_inside, "unknown key 'gate.max_dorp'", "did you mean 'max_drop'?"),
     (no_toml, "edgepack.toml: not valid TOML", "line 1"),
@@ -274,7 +323,7 @@ def test_a_damaged_bundle_is_exit_code_8(project: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("limit", "where"),
-    [(300 << 10, "before/model.onnx"), (700 << 10, "feeds-1.npz"), (20 << 20, "dist/fashion-mnist-rpi4.edgepack")],
+    [(300 << 10, "before/model.onnx"), (700 << 10, "feeds-"), (20 << 20, "dist/fashion-mnist-rpi4.edgepack")],
 )
 def test_a_full_disk_is_said_so_and_leaves_no_half_bundle(whole: Path, tmp_path: Path, limit: int, where: str) -> None:
     """The limit on a file's size stands in for it: at the user's model, at what the judge reads, at the bundle."""
