@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -89,3 +90,12 @@ def test_a_target_and_a_metric_of_ones_own_are_relative_to_the_project_file(fold
     assert run([*arguments, "--target", "board.toml", "--target", "rpi4"]) == 0
     project = load_project(folder / "sub" / "edgepack.toml")
     assert project.targets == ("../board.toml", "rpi4") and project.metric.name == "../score.py:f1"
+
+
+def test_a_path_that_no_toml_file_can_hold_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = folder / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    shutil.copy(folder / "model.onnx", odd)
+    assert run(["init", str(odd / "model.onnx"), "--json"]) == 3
+    assert "not UTF-8" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert not (folder / "edgepack.toml").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from edgepack import __main__ as door
 from edgepack import errors
 from edgepack.cli import targets
 from edgepack.errors import EdgepackError
+from tests.support.cli import command
 
 TREE = [
     kind
@@ -45,11 +47,11 @@ def test_help_answers_without_loading_anything_heavy() -> None:
     assert "Exit codes: 0 success" in done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_has_examples_and_json(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert door.run([*command, "--help"]) == 0
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_examples_and_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert door.run([*words, "--help"]) == 0
     page = capsys.readouterr().out
-    assert "Example" in page and f"edgepack {' '.join(command)}" in page
+    assert "Example" in page and f"edgepack {' '.join(words)}" in page
     assert "--json" in page
 
 
@@ -64,6 +66,56 @@ def test_with_json_an_error_is_one_document_too(capsys: pytest.CaptureFixture[st
     assert door.run(["targets", "show", "rpi44", "--json"]) == 3
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["kind"] == "bad-input" and "did you mean 'rpi4'?" in error["message"]
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; import edgepack.cli.main; "
+        "heavy = {'numpy', 'onnx', 'pydantic', 'paramiko', 'PIL', 'rich'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_command_it_is_the_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["targets"], ["device", "emulate"]):
+        assert door.run(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("Usage: edgepack") and "error" not in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_full_disk_behind_standard_output_is_exit_code_9(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command("targets", "list", *arguments), stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 9
+    assert done.stderr.decode().startswith("edgepack: error: standard output: the disk is full")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_left_is_told_like_a_shell_does() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command("targets", "list"), stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_error_keeps_its_code_where_nobody_can_be_told() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command("targets", "show", "none", "--json"), stdout=full, stderr=full, check=False)
+    assert done.returncode == 3
+
+
+def test_json_is_ascii_whatever_the_terminal_takes(tmp_path: Path) -> None:
+    name = "caf\N{LATIN SMALL LETTER E WITH ACUTE}.toml"
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        command("targets", "show", name, "--json"), cwd=tmp_path, env=environ, capture_output=True, check=False
+    )
+    assert done.returncode == 3
+    assert name in json.loads(done.stdout)["error"]["message"]
 
 
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
