@@ -98,7 +98,7 @@ class SaturatingModel:
             for name in step.reads:
                 if self._last[name] == index and name not in self._outputs:
                     values.pop(name, None)
-        return {n: np.ascontiguousarray(values[n] if n in values else self._constants[n]) for n in self._outputs}
+        return {n: np.asarray(values[n] if n in values else self._constants[n], order="C") for n in self._outputs}
 
     def _plan(self, graph: onnx.GraphProto) -> list[_Step]:
         steps: list[_Step] = []
