@@ -14,7 +14,9 @@ from edgepack.errors import InputError, UsageError
 from edgepack.spec.load import check, did_you_mean
 from edgepack.spec.project import PROJECT_FILE, Project
 from edgepack.spec.target import load_target
-from edgepack.store import Json, write_atomic
+from edgepack.store import Json, storage_errors, write_atomic
+
+MAX_SIZE = 2**31 - 1
 
 BATCH_NAMES = {"n", "b", "bs", "batch", "batch_size", "batchsize", "unk__0", "dynamicdimension.0"}
 """Names that exporters give to a free batch dimension; one run of a device is one sample, so it becomes 1."""
@@ -66,8 +68,10 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
     from edgepack.graph.load import read_model
     from edgepack.graph.shapes import free_dimensions, inputs, outputs
 
-    if path.exists() and not force:
-        raise UsageError(f"{path}: is there already; --force writes over it, --project names another file")
+    with storage_errors(path):
+        if path.exists() and not force:
+            raise UsageError(f"{path}: is there already; --force writes over it, --project names another file")
+    _require_metric(answers.metric)
     model: onnx.ModelProto = read_model(answers.model).model
     for target in answers.targets:
         load_target(target)
@@ -107,12 +111,25 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
     return written
 
 
+def _require_metric(name: str | None) -> None:
+    from edgepack.judge.metrics import METRICS
+    from edgepack.judge.user_code import is_reference
+
+    known = [*METRICS, "auto"]
+    if name is not None and name not in known and not is_reference(name):
+        raise InputError(f"--metric {name}: unknown metric{did_you_mean(name, known)}, or module.py:function")
+
+
 def _parse_dimensions(given: tuple[str, ...], free: dict[str, list[str]]) -> dict[str, int]:
     values: dict[str, int] = {}
     for text in given:
         name, _, size = text.rpartition("=")
-        if not name or not size.isdecimal() or int(size) < 1:
-            raise UsageError(f"--dim {text}: expected NAME=SIZE with a whole number above 0, for instance --dim N=1")
+        if not name or not size.isdecimal() or not 1 <= int(size) <= MAX_SIZE:
+            raise UsageError(
+                f"--dim {text}: expected NAME=SIZE with a whole number from 1 to {MAX_SIZE}, for instance --dim N=1"
+            )
+        if name in values:
+            raise UsageError(f"--dim {text}: '{name}' is {values[name]} already; give it once")
         if name not in free:
             known = did_you_mean(name, free) if free else "; this model has no free dimension"
             raise InputError(f"--dim {text}: there is no free dimension '{name}'{known}")

@@ -232,9 +232,9 @@ def _built(opened: OpenProject, plan: BuildPlan, path: Path, locked: Locked, *, 
 
 def _check_output(folder: Path) -> None:
     """Raises StorageError, or InputError where `folder` is a file, before work is done."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; expected the folder that bundles go to")
     with storage_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file; expected the folder that bundles go to")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         _sweep(folder)

@@ -267,6 +267,7 @@ def test_bad_input_is_exit_code_3_with_what_was_found_and_the_cure(
         (["--target", "rpi4", "--project", "none.toml"], 3, "none.toml: cannot be read"),
         (["--target", "rpi4", "--output", "model.onnx"], 3, "is a file; expected the folder"),
         (["--target", "rpi4", "--output", "model.onnx/dist"], 9, "model.onnx"),
+        (["--target", "rpi4", "--output", "x" * 300], 9, "File name too long"),
         (["none.onnx", "--target", "rpi4"], 3, "none.onnx: no such file"),
         (["--targt", "rpi4"], 2, "--targt"),
     ],

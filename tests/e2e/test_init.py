@@ -44,7 +44,7 @@ def test_what_is_missing_is_said(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_batch_dimension_becomes_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["init", "model.onnx"]) == 0
+    assert run(["init", "model.onnx", "--metric", "auto"]) == 0
     assert load_project(folder / "edgepack.toml").dimensions == {"N": 1}
     assert "free dimension" not in capsys.readouterr().out
 
@@ -63,6 +63,11 @@ def test_a_path_is_relative_to_the_project_file(folder: Path) -> None:
         (["none.onnx"], 3, "no such file"),
         (["model.onnx", "--dim", "M=1"], 3, "no free dimension 'M'"),
         (["model.onnx", "--dim", "N=zero"], 2, "expected NAME=SIZE"),
+        (["model.onnx", "--dim", "N=1", "--dim", "N=2"], 2, "'N' is 1 already"),
+        (["model.onnx", "--dim", f"N={10**20}"], 2, "expected NAME=SIZE"),
+        (["model.onnx", "--metric", "top_1"], 3, "did you mean 'top1'?"),
+        (["model.onnx", "--project", "x" * 300], 9, "File name too long"),
+        (["model.onnx", "--project", "model.onnx/edgepack.toml"], 9, "model.onnx"),
         (["model.onnx", "--target", "rpi44"], 3, "did you mean 'rpi4'?"),
     ],
 )
