@@ -9,6 +9,9 @@ import typer
 
 from edgepack.cli.output import JsonFlag, Meter, say, show_json
 
+MAX_RUNS = 1_000_000  # the most that the runner keeps times of
+MAX_S = 86_400.0
+
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="A .edgepack file.")],
@@ -19,10 +22,14 @@ def bench(
         ),
     ] = "local",
     inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default: the target's).")] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Inferences before the measured ones.")] = None,
-    runs: Annotated[int | None, typer.Option(min=1, help="Measure at least so many inferences,")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.0, help="and at least so long.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads of the runtime (default: the target's).")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, max=MAX_RUNS, help="Inferences before the measured ones.")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(min=1, max=MAX_RUNS, help="Measure at least so many inferences,")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, max=MAX_S, help="and at least so long.")] = None,
     accept_new_host_key: Annotated[
         bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
     ] = False,
@@ -43,6 +50,7 @@ def bench(
     from edgepack.bench.result import require_budgets
     from edgepack.bench.run import benchmark
     from edgepack.bundle.bundle import open_bundle
+    from edgepack.errors import GateMissedError
     from edgepack.report.tables import bench_page
     from edgepack.store import cache_folder
     from edgepack.transports.resolve import open_transport
@@ -68,4 +76,8 @@ def bench(
         show_json(result.to_json())
     else:
         typer.echo(bench_page(result))
-    require_budgets(result)
+    try:
+        require_budgets(result)
+    except GateMissedError as error:  # the result is printed: an error's own document would be a second one
+        say(f"edgepack: error: {error}")
+        raise typer.Exit(error.exit_code) from error

@@ -20,11 +20,8 @@ from edgepack.build.inputs import open_project
 from edgepack.bundle.bundle import open_bundle
 from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
+from tests.support.documents import documented
 
-ROW = {
-    *("target", "path", "sha256", "runtime", "precision", "bytes", "model_bytes", "baseline_bytes", "metric"),
-    *("baseline", "value", "drop", "interval", "passes", "cached"),
-}
 RPI4 = "dist/fashion-mnist-rpi4.edgepack"
 
 
@@ -55,7 +52,7 @@ def rows(done: Done) -> list[dict[str, Any]]:
 
 def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
     first, second = rows(made.first)
-    assert set(first) >= ROW and made.first.document["failures"] == []
+    assert set(first) == documented("build")["bundles"] and made.first.document["failures"] == []
     assert (first["target"], second["target"]) == ("rpi4", "x86-avx512-vnni")
     assert first["precision"] == "int8" and first["runtime"].startswith("onnxruntime 1.")
     assert first["metric"] == "top1" and first["samples"] == 2000 and first["answer"] == "passed"
@@ -264,6 +261,7 @@ def test_one_failing_target_does_not_keep_the_others_from_being_built(made: Made
     done = made.edgepack("build", "-t", "rpi3-32", "-t", "rpi4", "--json")
     assert done.exit_code == 4
     (failure,) = done.document["failures"]
+    assert set(failure) == documented("build")["failures"]
     assert failure["target"] == "rpi3-32" and failure["exit_code"] == 4
     assert "tflite-runtime" in failure["error"] and "64-bit" in failure["error"]
     assert [row["target"] for row in done.document["bundles"]] == ["rpi4"]
