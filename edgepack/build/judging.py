@@ -132,8 +132,9 @@ def _golden(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Wor
         ):
             files = model_files(record, bench.store, folder / "model")
             outputs = list(session.run(files, feeds))
+        outputs = list(itertools.takewhile(lambda given: _alike(given, outputs[0]), outputs))  # shapes can follow data
         blobs = {
-            "inputs": bench.store.put(npz_bytes(stack(feeds))),
+            "inputs": bench.store.put(npz_bytes(stack(feeds[: len(outputs)]))),
             "outputs": bench.store.put(npz_bytes(stack(outputs))),
         }
         bench.store.record(key, known := StepRecord(files=blobs))

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.build.inputs import open_project
 from edgepack.bundle.bundle import open_bundle
+from edgepack.graph.npz import npz_bytes
 from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
@@ -367,6 +369,38 @@ def test_without_labels_it_is_agreement_and_says_so(made: Made, tmp_path: Path) 
     assert "agreement with the fp32 model, not accuracy" in done.stdout
     row = rows(edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=made.cache))[0]
     assert row["is_agreement"] is True and row["baseline"] == 1.0
+
+
+def test_outputs_whose_shape_follows_from_the_data_are_built_proved_and_run(made: Made, tmp_path: Path) -> None:
+    """A model that also says where its positive outputs are; its input is called as an argument of numpy.savez."""
+    random = np.random.default_rng(3)
+    nodes = [
+        helper.make_node("MatMul", ["file", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("NonZero", ["r"], ["where"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "where",
+        [helper.make_tensor_value_info("file", TensorProto.FLOAT, [1, 16])],
+        [
+            helper.make_tensor_value_info("r", TensorProto.FLOAT, [1, 24]),
+            helper.make_tensor_value_info("where", TensorProto.INT64, [2, "count"]),
+        ],
+        [numpy_helper.from_array(random.normal(size=(16, 24)).astype(np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "where.onnx").write_bytes(model.SerializeToString())
+    for name, count in (("calibration", 20), ("evaluation", 600)):
+        arrays = {"file": random.normal(size=(count, 1, 16)).astype(np.float32)}
+        (tmp_path / f"{name}.npz").write_bytes(npz_bytes(arrays))
+    data = [f"--{name}={name}.npz" for name in ("calibration", "evaluation")]
+    assert edgepack("init", "where.onnx", *data, cwd=tmp_path).exit_code == 0
+    file = tmp_path / "edgepack.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace("max_drop = 0.01", "max_drop = 0.5"), encoding="utf-8")
+    (row,) = rows(edgepack("build", "-t", "rpi4", "--json", cwd=tmp_path, cache=made.cache))
+    assert row["is_agreement"] is True and row["answer"] == "passed"
+    open_bundle(tmp_path / row["path"]).verify()
 
 
 def test_an_npus_bundle_holds_ir_and_says_where_it_was_judged(made: Made) -> None:
