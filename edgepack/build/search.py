@@ -104,6 +104,23 @@ def build(opened: OpenProject, targets: Sequence[str], options: BuildOptions, be
     return BuildReport(built=tuple(built), failed=tuple(failed))
 
 
+def plan_all(
+    opened: OpenProject, targets: Sequence[str], options: BuildOptions, bench: Workbench
+) -> tuple[list[BuildPlan], BuildReport]:
+    """What `build` would do, and the report of the targets that it could not even plan. Raises as `build` does."""
+    chosen = chosen_targets(targets)
+    opened.check()
+    plans: list[BuildPlan] = []
+    failed: list[Failed] = []
+    for target in chosen:
+        try:
+            system = target.os_named(options.os_name)
+            plans += [plan_for(opened, target, system, each, bench) for each in precisions(baseline=options.baseline)]
+        except EdgepackError as error:
+            failed.append(Failed(target=target.name, error=error))
+    return plans, BuildReport(built=(), failed=tuple(failed))
+
+
 def chosen_targets(names: Sequence[str]) -> list[Target]:
     """The targets of these names, each once. Raises InputError, and UsageError where two would make one bundle."""
     chosen: dict[str, Target] = {}

@@ -48,9 +48,9 @@ def build(
     """
     from edgepack.build.execute import Workbench
     from edgepack.build.inputs import open_project
-    from edgepack.build.search import BuildOptions, build, chosen_targets, plan_for, precisions
+    from edgepack.build.search import BuildOptions, build, plan_all
     from edgepack.errors import UsageError
-    from edgepack.report.tables import build_document, build_table
+    from edgepack.report.tables import build_document, build_table, plan_document
     from edgepack.store import Store, cache_folder
 
     store = Store(cache_folder())
@@ -61,24 +61,17 @@ def build(
     if not names:
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     bench = Workbench(store=store, say=say)
-    if dry_run:
-        opened.check()
-        plans = [
-            plan_for(opened, each, each.os_named(os), precision, bench)
-            for each in chosen_targets(names)
-            for precision in precisions(baseline=baseline)
-        ]
-        if as_json:
-            show_json({"plans": [plan.to_json() for plan in plans]})
-        else:
-            typer.echo("\n".join(str(plan) for plan in plans))
-        return
     options = BuildOptions(project_file=project, output=output, os_name=os, baseline=baseline, relock=update_lock)
-    report = build(opened, names, options, bench)
+    if dry_run:
+        plans, report = plan_all(opened, names, options, bench)
+        document, text = plan_document(plans, report), "\n".join(str(plan) for plan in plans)
+    else:
+        report = build(opened, names, options, bench)
+        document, text = build_document(report), build_table(report) if report.built else ""
     if as_json:
-        show_json(build_document(report))
-    elif report.built:
-        typer.echo(build_table(report))
+        show_json(document)
+    elif text:
+        typer.echo(text)
     for failure in report.failed:
         say(f"edgepack: error: {failure.message}")
     if report.exit_code:

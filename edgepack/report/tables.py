@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,6 +14,7 @@ from edgepack.store import Json
 
 if TYPE_CHECKING:
     from edgepack.bench.result import BenchmarkResult
+    from edgepack.build.planner import BuildPlan
     from edgepack.build.search import BuildReport, Built
     from edgepack.bundle.bundle import Bundle
 
@@ -22,18 +23,24 @@ MIB = 1 << 20
 
 def build_document(report: BuildReport) -> dict[str, Json]:
     """`build --json`."""
-    return {
-        "bundles": [_bundle_row(built) for built in report.built],
-        "failures": [
-            {
-                "target": failure.target,
-                "exit_code": failure.error.exit_code,
-                "kind": failure.error.kind,
-                "error": failure.message,
-            }
-            for failure in report.failed
-        ],
-    }
+    return {"bundles": [_bundle_row(built) for built in report.built], "failures": _failures(report)}
+
+
+def plan_document(plans: Sequence[BuildPlan], report: BuildReport) -> dict[str, Json]:
+    """`build --dry-run --json`."""
+    return {"plans": [plan.to_json() for plan in plans], "failures": _failures(report)}
+
+
+def _failures(report: BuildReport) -> list[Json]:
+    return [
+        {
+            "target": failure.target,
+            "exit_code": failure.error.exit_code,
+            "kind": failure.error.kind,
+            "error": failure.message,
+        }
+        for failure in report.failed
+    ]
 
 
 def _bundle_row(built: Built) -> dict[str, Json]:

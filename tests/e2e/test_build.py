@@ -267,6 +267,9 @@ def test_one_failing_target_does_not_keep_the_others_from_being_built(made: Made
     assert failure["target"] == "rpi3-32" and failure["exit_code"] == 4
     assert "tflite-runtime" in failure["error"] and "64-bit" in failure["error"]
     assert [row["target"] for row in done.document["bundles"]] == ["rpi4"]
+    planned = made.edgepack("build", "-t", "rpi3-32", "-t", "rpi4", "--dry-run", "--json")
+    assert planned.exit_code == 4 and planned.document["failures"] == [failure]
+    assert [plan["target"] for plan in planned.document["plans"]] == ["rpi4"]
 
 
 def test_several_targets_that_fail_for_several_reasons_are_exit_code_1(made: Made, tmp_path: Path) -> None:
