@@ -73,7 +73,7 @@ def _decoder(job: Job, name: str) -> Callable[[Array], str]:
         raise job.refuse(name, "one text a sample")
     if job.spec.charset is None:
         raise InputError(f"metric {name}: no charset; give [metric] charset, a text file with one character a line")
-    path = job.root / job.spec.charset
+    path = job.root / Path(job.spec.charset).expanduser()
     characters = read_charset(path)
 
     def check(classes: int, place: str) -> None:

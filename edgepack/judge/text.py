@@ -22,8 +22,8 @@ def read_charset(path: Path) -> list[str]:
         raise InputError(
             f"{path}: cannot be read: {error.strerror}; expected the charset, one character a line"
         ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error}); expected the charset, one character a line") from error
+    except ValueError as error:  # not UTF-8, or a NUL in the path
+        raise InputError(f"{path}: cannot be read ({error}); expected the charset, one character a line") from error
     lines = text.removesuffix("\n").split("\n")  # never splitlines: a charset may hold U+2028
     if lines == [""]:
         raise InputError(f"{path}: empty; expected the charset, one character a line")

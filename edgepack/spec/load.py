@@ -18,7 +18,7 @@ MAX_TOML_BYTES = 4 << 20  # a descriptor is some kB; a lock of wheels some hundr
 class Spec(pydantic.BaseModel):
     """Base of what a person writes: frozen, and a key that is not known is an error."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Spec)

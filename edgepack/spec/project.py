@@ -111,7 +111,7 @@ class Project(Spec):
     name: str
     model: str
     targets: tuple[str, ...] = ()
-    dimensions: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    dimensions: dict[str, Annotated[int, Field(gt=0, le=2**31 - 1)]] = Field(default_factory=dict)
     """A value for each free dimension of the model's inputs, by its name."""
     calibration: Data | None = None
     evaluation: Data | None = None

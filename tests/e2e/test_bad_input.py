@@ -182,6 +182,14 @@ def no_toml(project: Path) -> None:
     (project / "edgepack.toml").write_text("name = \n", encoding="utf-8")
 
 
+def endless_std(project: Path) -> None:
+    edit_toml(project, "std = 255.0", "std = inf")
+
+
+def huge_dimension(project: Path) -> None:
+    edit_toml(project, "N = 1", "N = 99999999999999999999")
+
+
 def unknown_metric(project: Path) -> None:
     edit_toml(project, '"top1"', '"top2"')
 
@@ -220,6 +228,8 @@ BAD: list[tuple[Spoil, str, str]] = [
     (misspelt_project, "unknown key 'preproces'", "did you mean 'preprocess'?"),
     (misspelt_inside, "unknown key 'gate.max_dorp'", "did you mean 'max_drop'?"),
     (no_toml, "edgepack.toml: not valid TOML", "line 1"),
+    (endless_std, "'preprocess.std", "finite number"),
+    (huge_dimension, "'dimensions.N'", "less than or equal to 2147483647"),
     (unknown_metric, "top2", "did you mean 'top"),
     (percent, "max_drop", "0.01 is one percentage point"),
 ]
