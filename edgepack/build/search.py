@@ -18,6 +18,7 @@ from edgepack.build.lock import Locked, lock_path, read_lock, update_lock, verdi
 from edgepack.build.packing import Packed, pack
 from edgepack.build.planner import BuildPlan, PlanFacts, make_plan
 from edgepack.bundle.bundle import SUFFIX, open_bundle
+from edgepack.bundle.manifest import SCHEMA
 from edgepack.errors import (
     EdgepackError,
     GateMissedError,
@@ -159,7 +160,7 @@ def plan_for(opened: OpenProject, target: Target, system: System, precision: Pre
     pin = load_toolchain(recipe.runtime).release_for(target.machine, system.python, system.glibc)
     passes = [PASSES[name] for name in recipe.passes]
     facts = PlanFacts(
-        edgepack=f"{edgepack.__version__} {digest_file(RUNNER_PATH)}",
+        edgepack=f"{edgepack.__version__} {SCHEMA} {digest_file(RUNNER_PATH)}",
         model=opened.model_digest,
         calibration=opened.calibration.digest,
         evaluation=opened.evaluation_digest,

@@ -238,9 +238,9 @@ def raise_for(verdict: Verdict) -> None:
         return
     if verdict.answer == "missed":
         cure = (
-            "NaN or infinity is never accepted: quantise fewer operators, or correct the calibration data"
+            "NaN or infinity is never accepted: correct the calibration data"
             if verdict.value is None
-            else "quantise less of the model, give more or better calibration data, or raise [gate] max_drop"
+            else "give more or better calibration data, or raise [gate] max_drop"
         )
         raise GateMissedError(f"gate missed: {verdict}; {cure}")
     if verdict.more_samples is None:
