@@ -75,17 +75,17 @@ def factor(second: Matrix, *, damping: float) -> Feedback:
     return Feedback(order=order, weights=pivots**2, upper=root / pivots[:, None, :], hessian=damped)
 
 
-def corrected_target(weights: Matrix, second: Matrix, cross: Matrix, *, ridge: float) -> Matrix:
+def corrected_target(weights: Matrix, second: Matrix, cross: Matrix, *, ridge: Matrix) -> Matrix:
     """The weights that best give the float model's output on the quantised model's input.
 
     Least squares: W + W E[d x'] (E[x x'] + r I)^-1 for the gap d between float and quantised inputs, r =
-    `ridge` times the mean of the diagonal, which holds the answer near W where the data say little. The aim
+    `ridge` [groups] times the mean of the diagonal, which holds the answer near W where the data say little. The aim
     is that of Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
     there folded into the columns' loop; done first, it leaves the loop as it is.
     """
     places = np.arange(second.shape[1])
     damped = second.copy()
-    level = ridge * np.diagonal(second, axis1=1, axis2=2).mean(axis=1, keepdims=True)
+    level = (ridge * np.diagonal(second, axis1=1, axis2=2).mean(axis=1))[:, None]
     damped[:, places, places] += np.where(level > 0, level, 1.0)
     moved = np.linalg.solve(damped, cross @ weights.transpose(0, 2, 1))
     return weights + moved.transpose(0, 2, 1)

@@ -75,14 +75,15 @@ class RowProbe:
     count: int
     """Rows a sample."""
 
-    def rows(self, fetched: NDArray[np.generic]) -> Matrix:
-        """[groups, rows, columns], float64, from what the graph gave for one sample."""
+    def rows(self, fetched: NDArray[np.generic]) -> NDArray[np.float32]:
+        """[groups, rows, columns] from what the graph gave for one sample."""
         layer = self.layer
         if fetched.ndim == 2:  # [rows, columns] of a Gemm or MatMul
-            return np.asarray(fetched, np.float64)[None]
+            return np.asarray(fetched, np.float32)[None]
         taps = fetched.shape[2]
         grouped = fetched.reshape(layer.groups, layer.columns // taps, self.count, taps)
-        return grouped.transpose(0, 2, 1, 3).reshape(layer.groups, self.count, layer.columns).astype(np.float64)
+        rows = grouped.transpose(0, 2, 1, 3).reshape(layer.groups, self.count, layer.columns)
+        return np.asarray(rows, np.float32)
 
 
 def row_probe(

@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgepack.passes.layer_rows import Matrix
 
+Rows = NDArray[np.floating]
+
 CHUNK_SAMPLES = 32  # their mean and variance put all rows on one scale before they are squared and summed
-CHUNK_BYTES = 32 << 20  # of rows waiting to be multiplied in one go
+CHUNK_BYTES = 16 << 20  # of rows waiting to be multiplied in one go; they take some six times that while they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +48,13 @@ class MomentStream:
         self._cross = None if diagonal else np.zeros(wide)
         self._sums = np.zeros((2, groups, columns))
         self._squares = np.zeros(groups)
-        self._waiting: list[tuple[Matrix, Matrix]] = []
+        self._waiting: list[tuple[Rows, Rows]] = []
         self._origin: tuple[Matrix, Matrix] | None = None
         self._scale = np.ones((groups, 1, columns))
         self._samples = 0
         self._rows = 0
 
-    def add(self, rows: Matrix, gaps: Matrix) -> None:
+    def add(self, rows: Rows, gaps: Rows) -> None:
         """One sample: [groups, rows, columns] of the quantised model, and float minus quantised."""
         self._samples += 1
         self._rows += rows.shape[1]
@@ -97,8 +100,8 @@ class MomentStream:
     def _sum_up(self) -> None:
         if not self._waiting:
             return
-        rows = np.concatenate([each for each, _ in self._waiting], axis=1)
-        gaps = np.concatenate([each for _, each in self._waiting], axis=1)
+        rows = np.concatenate([each for each, _ in self._waiting], axis=1, dtype=np.float64)
+        gaps = np.concatenate([each for _, each in self._waiting], axis=1, dtype=np.float64)
         sizes = [each.shape[1] for each, _ in self._waiting]
         self._waiting.clear()
         if self._origin is None:
@@ -107,8 +110,8 @@ class MomentStream:
             # A column that is still in the first chunk may move later: it counts as one of small variance.
             floor = 1e-3 * variance.mean(axis=2, keepdims=True) + np.finfo(np.float32).tiny
             self._scale = np.sqrt(np.maximum(variance, floor))
-        rows = (rows - self._origin[0]) / self._scale
-        gaps = (gaps - self._origin[1]) / self._scale
+        for each, origin in zip((rows, gaps), self._origin, strict=True):
+            np.divide(np.subtract(each, origin, out=each), self._scale, out=each)
         self._sums += rows.sum(axis=1), gaps.sum(axis=1)
         if self._cross is None:
             self._second += np.square(rows).sum(axis=1)

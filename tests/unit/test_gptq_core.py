@@ -155,11 +155,11 @@ def test_the_corrected_target_is_the_least_squares_solution() -> None:
     rows = random.normal(size=(200, 6))
     wanted = rows + 0.2 * random.normal(size=(200, 6)) + 0.3 * rows[:, ::-1]
     second, cross = rows.T @ rows / 200, rows.T @ (wanted - rows) / 200
-    found = corrected_target(weight, second[None], cross[None], ridge=1e-12)
+    found = corrected_target(weight, second[None], cross[None], ridge=np.array([1e-12]))
     expected = np.linalg.lstsq(rows, wanted @ weight[0].T, rcond=None)[0].T
     assert np.allclose(found[0], expected, atol=1e-8)
 
 
 def test_a_strong_ridge_leaves_the_weights_as_they_are() -> None:
     weight, second = weights(6, 1, 4, 6), hessians(6, 1, 6)
-    assert np.allclose(corrected_target(weight, second, 0.1 * second, ridge=1e9), weight, atol=1e-6)
+    assert np.allclose(corrected_target(weight, second, 0.1 * second, ridge=np.array([1e9])), weight, atol=1e-6)
