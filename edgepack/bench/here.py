@@ -13,14 +13,21 @@ def missing_here(target: Target) -> tuple[str, ...]:
     """Architecture, instructions or accelerator that `target` asks for and this machine lacks; () if it fits."""
     if platform.machine() != target.machine:
         return (target.machine,)
-    try:
-        have = cpu_flags(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
+    have = flags_here()
+    if not have:
         return ("/proc/cpuinfo",)
     missing = [flag for flag in target.cpu.flags if flag not in have]
     if target.accelerator is not None and not set(target.accelerator.pci_ids) & set(_accelerators()):
         missing.append(f"{target.accelerator.kind} {target.accelerator.platform}")
     return tuple(missing)
+
+
+def flags_here() -> frozenset[str]:
+    """The instructions of this machine's processor; empty where they cannot be read."""
+    try:
+        return cpu_flags(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return frozenset()
 
 
 def _accelerators() -> tuple[str, ...]:

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from edgepack.bench.here import flags_here
 from edgepack.build.execute import Workbench, execute, model_files
 from edgepack.build.inputs import OpenProject
 from edgepack.build.lock import Locked, verdict_from
 from edgepack.build.planner import BuildPlan
-from edgepack.bundle.pack import golden_count, npz_bytes, stack
+from edgepack.bundle.pack import golden_count, stack
 from edgepack.errors import InputError, UnsupportedError
+from edgepack.graph.npz import npz_bytes
 from edgepack.judge.compare import compare
 from edgepack.judge.data_set import Feed
 from edgepack.judge.gate import Verdict, judge_drop, raise_for
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
-from edgepack.store import Json, StepRecord, digest_bytes, digest_json
+from edgepack.store import Json, StepRecord, digest_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +149,7 @@ def _alike(feed: Feed, other: Feed) -> bool:
 
 def _cpu() -> str:
     """Digest of this processor's flags: kernels, and so the last bits of results, follow from them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    return digest_bytes(" ".join(sorted(flags.split())).encode())
+    return digest_json([platform.machine(), *sorted(flags_here())])
 
 
 def _json(value: object) -> Json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,14 +87,3 @@ def golden_count(inputs_bytes: int, samples: int) -> int:
 def stack(arrays: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """One mapping a sample to arrays of shape [samples, ...]."""
     return {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
-
-
-def npz_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """An .npz whose bytes follow from its arrays alone (numpy's own holds the time); stored, not deflated."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in sorted(arrays.items()):
-            member = io.BytesIO()
-            np.lib.format.write_array(member, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), member.getvalue())
-    return out.getvalue()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgepack.cli.output import JsonFlag, kib, show_json
+from edgepack.cli.output import JsonFlag, show_json
 
 app = typer.Typer(help="Look into a bundle.", no_args_is_help=True)
 BundlePath = Annotated[Path, typer.Argument(help="A .edgepack file.")]
@@ -54,6 +54,7 @@ def verify(path: BundlePath, as_json: JsonFlag = False) -> None:
       edgepack bundle verify dist/fashion-mnist-rpi4.edgepack
     """
     from edgepack.bundle.bundle import open_bundle
+    from edgepack.report.tables import size_text
 
     bundle = open_bundle(path)
     bundle.verify()
@@ -63,4 +64,6 @@ def verify(path: BundlePath, as_json: JsonFlag = False) -> None:
             {"path": str(path), "verified": True, "files": files, "bytes": bundle.size_bytes, "digest": bundle.digest}
         )
     else:
-        typer.echo(f"{path}: {files} files, {kib(bundle.size_bytes)}, all as the manifest says; digest {bundle.digest}")
+        typer.echo(
+            f"{path}: {files} files, {size_text(bundle.size_bytes)}, all as the manifest says; digest {bundle.digest}"
+        )

@@ -42,14 +42,6 @@ class Meter:
         )
 
 
-def mib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 20):.2f} MiB"
-
-
-def kib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 10):.1f} KiB" if size_bytes < (1 << 20) else mib(size_bytes)
-
-
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as aligned columns, two spaces apart."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -15,13 +15,12 @@ from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.index import operators
 from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
-from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, PassDefect, opset_of, read_onnx, same_interface
 from edgepack.passes.fold import fold_constants
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
 
-PER_CHANNEL_OPSET = 13  # QuantizeLinear and DequantizeLinear have `axis` from here on (ONNX operator changelog)
 UPGRADE_TO = 17  # the newest opset that every onnxruntime of toolchains/ and OpenVINO's frontend read
 MIN_IR = 4  # from here on a constant need not stand among the inputs (ONNX IR specification, "Graphs")
 MAX_RELATIVE_ERROR = 1e-3
@@ -51,22 +50,24 @@ class Canonicalise:
         fixed = fix_dimensions(before, {name: int(str(size)) for name, size in dimensions.items()}, "model")
         after = simplify(upgrade(fixed))
         same_interface(fixed, after, self.name)
-        self._ensure_equal(fixed, after, context)
+        ensure_same_function(fixed, after, context, self.name)
         path = context.folder / "model.onnx"
         path.write_bytes(serialise(after))
         return {"model": path}
 
-    def _ensure_equal(self, before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext) -> None:
-        names = [value.name for value in before.graph.output]
-        runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
-        for old, new in zip(*runs, strict=True):
-            for name in names:
-                error = relative_error(old[name], new[name])
-                if error > MAX_RELATIVE_ERROR:
-                    raise PassDefect(
-                        f"{self.name}: output '{name}' is off by {error:.2g} of its range; "
-                        f"at most {MAX_RELATIVE_ERROR:g} is rounding"
-                    )
+
+def ensure_same_function(before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext, who: str) -> None:
+    """Raises PassDefect when outputs differ by more than float rounding on the first calibration samples."""
+    names = [value.name for value in before.graph.output]
+    runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
+    for old, new in zip(*runs, strict=True):
+        for name in names:
+            error = relative_error(np.asarray(old[name]), np.asarray(new[name]))
+            if error > MAX_RELATIVE_ERROR:
+                raise PassDefect(
+                    f"{who}: output '{name}' is off by {error:.2g} of its range; "
+                    f"at most {MAX_RELATIVE_ERROR:g} is rounding"
+                )
 
 
 def relative_error(expected: np.ndarray, found: np.ndarray) -> float:

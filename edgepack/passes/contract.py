@@ -16,6 +16,9 @@ from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
 
+PER_CHANNEL_OPSET = 13
+"""QuantizeLinear and DequantizeLinear have `axis` from here on (ONNX operator changelog)."""
+
 Feed = Mapping[str, NDArray[np.generic]]
 
 Activations = Callable[[onnx.ModelProto, Sequence[str], int | None], Iterator[Feed]]
@@ -74,6 +77,12 @@ def read_onnx(files: Mapping[str, Path]) -> onnx.ModelProto:
 
 def opset_of(model: onnx.ModelProto) -> int:
     return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def require_per_channel_opset(model: onnx.ModelProto, who: str) -> None:
+    """Raises UnsupportedError below the first opset with per-channel scales."""
+    if opset_of(model) < PER_CHANNEL_OPSET:
+        raise UnsupportedError(f"{who}: needs opset {PER_CHANNEL_OPSET} or newer, the model has {opset_of(model)}")
 
 
 def require_static_inputs(model: onnx.ModelProto, who: str) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import CHECKED_SAMPLES, MAX_RELATIVE_ERROR, refuse_quantised, relative_error
-from edgepack.passes.contract import PassContext, PassDefect, read_onnx, same_interface
+from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
+from edgepack.passes.contract import PassContext, read_onnx, same_interface
 from edgepack.passes.rescale import HOMOGENEOUS, RESHAPES, Rescaling, Vector, keeps_last_axis, shapes_of
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
@@ -145,17 +145,3 @@ def _factors(first: Vector, second: Vector) -> Vector:
     """Equation 11; 1 for a channel that nothing makes or nothing reads."""
     alive = (first > 0) & (second > 0)
     return np.sqrt(np.where(alive, first, 1.0) / np.where(alive, second, 1.0))
-
-
-def ensure_same_function(before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext, who: str) -> None:
-    """Raises PassDefect when outputs differ by more than float rounding on the first calibration samples."""
-    names = [value.name for value in before.graph.output]
-    runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
-    for old, new in zip(*runs, strict=True):
-        for name in names:
-            error = relative_error(np.asarray(old[name]), np.asarray(new[name]))
-            if error > MAX_RELATIVE_ERROR:
-                raise PassDefect(
-                    f"{who}: output '{name}' is off by {error:.2g} of its range; "
-                    f"at most {MAX_RELATIVE_ERROR:g} is rounding"
-                )

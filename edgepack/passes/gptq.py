@@ -27,13 +27,13 @@ from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.extract import extract
 from edgepack.graph.index import GraphIndex
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import PER_CHANNEL_OPSET, refuse_quantised
+from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.contract import (
     Activations,
     PassContext,
     PassDefect,
-    opset_of,
     read_onnx,
+    require_per_channel_opset,
     require_static_inputs,
     same_interface,
 )
@@ -133,10 +133,7 @@ class Gptq:
     def _require(self, model: onnx.ModelProto, params: GptqParams) -> None:
         refuse_quantised(model)
         require_static_inputs(model, self.name)
-        if opset_of(model) < PER_CHANNEL_OPSET:
-            raise UnsupportedError(
-                f"{self.name}: needs opset {PER_CHANNEL_OPSET} or newer, the model has {opset_of(model)}"
-            )
+        require_per_channel_opset(model, self.name)
         known = weighted_nodes(model)
         if not known:
             raise UnsupportedError(

@@ -15,11 +15,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from edgepack.errors import UnsupportedError
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import PER_CHANNEL_OPSET
 from edgepack.passes.compact import compact
-from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.contract import (
+    PassContext,
+    PassDefect,
+    read_onnx,
+    require_per_channel_opset,
+    same_interface,
+)
 from edgepack.passes.radix import Unpacked, code_for, insert, span, unpacking
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
@@ -37,10 +41,7 @@ def store_narrow(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Doing it again changes nothing. Raises UnsupportedError below opset 13.
     """
-    if opset_of(model) < PER_CHANNEL_OPSET:
-        raise UnsupportedError(
-            f"store-narrow: needs opset {PER_CHANNEL_OPSET} or newer, the model has {opset_of(model)}"
-        )
+    require_per_channel_opset(model, "store-narrow")
     out = onnx.ModelProto()
     out.CopyFrom(model)
     graph = out.graph

@@ -32,8 +32,14 @@ from edgepack.errors import UnsupportedError
 from edgepack.graph.index import GraphIndex, attributes, float_tensors
 from edgepack.graph.load import serialise
 from edgepack.passes.affine import quantise_weight, weight_scales
-from edgepack.passes.canonicalise import PER_CHANNEL_OPSET, refuse_quantised
-from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.canonicalise import refuse_quantised
+from edgepack.passes.contract import (
+    PassContext,
+    PassDefect,
+    read_onnx,
+    require_per_channel_opset,
+    same_interface,
+)
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -77,10 +83,7 @@ class QuantiseDynamic:
 def quantise_dynamic(model: onnx.ModelProto, *, weight_bits: int) -> onnx.ModelProto:
     """A new model. Raises UnsupportedError for a quantised model, and where no product is worth it."""
     refuse_quantised(model)
-    if opset_of(model) < PER_CHANNEL_OPSET:
-        raise UnsupportedError(
-            f"quantise-dynamic: needs opset {PER_CHANNEL_OPSET} or newer, the model has {opset_of(model)}"
-        )
+    require_per_channel_opset(model, "quantise-dynamic")
     wanted = products_worth_it(model)
     if not wanted:
         raise UnsupportedError(

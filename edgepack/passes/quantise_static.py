@@ -18,12 +18,12 @@ from edgepack.errors import UnsupportedError
 from edgepack.graph.index import GraphIndex
 from edgepack.graph.load import serialise
 from edgepack.passes.affine import TensorScale, activation_scale
-from edgepack.passes.canonicalise import PER_CHANNEL_OPSET, refuse_quantised
+from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.contract import (
     PassContext,
     PassDefect,
-    opset_of,
     read_onnx,
+    require_per_channel_opset,
     require_static_inputs,
     same_interface,
 )
@@ -70,10 +70,7 @@ class QuantiseStatic:
     def _require(self, model: onnx.ModelProto) -> None:
         refuse_quantised(model)
         require_static_inputs(model, self.name)
-        if opset_of(model) < PER_CHANNEL_OPSET:
-            raise UnsupportedError(
-                f"{self.name}: needs opset {PER_CHANNEL_OPSET} or newer, the model has {opset_of(model)}"
-            )
+        require_per_channel_opset(model, self.name)
 
     def _ensure(
         self, before: onnx.ModelProto, after: onnx.ModelProto, plan: QdqPlan, scales: Mapping[str, TensorScale]

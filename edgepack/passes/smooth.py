@@ -20,9 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.errors import InputError
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import refuse_quantised
+from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
 from edgepack.passes.contract import Activations, PassContext, opset_of, read_onnx, same_interface
-from edgepack.passes.equalise import ensure_same_function
 from edgepack.passes.rescale import Rescaling, Vector
 from edgepack.passes.smooth_sites import Site, row_position, sites_of
 from edgepack.spec.project import Project

@@ -28,8 +28,13 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepack.errors import UnsupportedError
 from edgepack.graph.index import GraphIndex, attributes
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import PER_CHANNEL_OPSET
-from edgepack.passes.contract import PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.contract import (
+    PassContext,
+    PassDefect,
+    read_onnx,
+    require_per_channel_opset,
+    same_interface,
+)
 from edgepack.passes.groups import quantise_groups
 from edgepack.passes.nbits import take_nbits
 from edgepack.passes.radix import unpacking
@@ -96,10 +101,7 @@ def store_weights(model: onnx.ModelProto, *, bits: int, block: int, nbits_kernel
     What an earlier pass made integer stays as it is: behind static or dynamic int8 this stores the weights that those
     left in float. Raises UnsupportedError for a model that has no weights worth it, as after doing it once.
     """
-    if opset_of(model) < PER_CHANNEL_OPSET:
-        raise UnsupportedError(
-            f"weight-only: needs opset {PER_CHANNEL_OPSET} or newer, the model has {opset_of(model)}"
-        )
+    require_per_channel_opset(model, "weight-only")
     out = onnx.ModelProto()
     out.CopyFrom(model)
     took = take_nbits(out, block) if nbits_kernel and bits == 4 else 0

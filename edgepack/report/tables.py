@@ -83,8 +83,8 @@ def build_table(report: BuildReport) -> str:
         table.add_row(
             built.plan.target.name,
             built.plan.recipe.precision,
-            _kib(built.baseline_bytes),
-            _kib(built.model_bytes),
+            size_text(built.baseline_bytes),
+            size_text(built.model_bytes),
             f"{built.baseline_bytes / built.model_bytes:.2f}x",
             *(metric, baseline, value, drop, answer),
         )
@@ -147,8 +147,8 @@ def bundle_page(bundle: Bundle) -> str:
         f"  needs     {m.requires.os_name}, {m.target.machine}, Python {m.requires.python}, "
         f"glibc {m.requires.glibc} or newer",
         f"            {', '.join(m.target.cpu_flags) or 'no special instructions'}",
-        f"  model     {m.model.precision}, {m.model.format}, {_kib(m.sizes.model)} "
-        f"(the source had {_kib(m.sizes.baseline_model)})",
+        f"  model     {m.model.precision}, {m.model.format}, {size_text(m.sizes.model)} "
+        f"(the source had {size_text(m.sizes.baseline_model)})",
         f"  inputs    {', '.join(_tensor(t.name, t.dtype, t.shape) for t in m.model.inputs)}",
         f"  outputs   {', '.join(_tensor(t.name, t.dtype, t.shape) for t in m.model.outputs)}",
         f"  runtime   {m.runtime.name} {m.runtime.version}, {m.runtime.options}",
@@ -230,5 +230,5 @@ def _text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
 
 
-def _kib(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
     return f"{size_bytes / 1024:,.1f} KiB" if size_bytes < MIB else f"{size_bytes / MIB:.2f} MiB"

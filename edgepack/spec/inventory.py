@@ -71,11 +71,6 @@ class Device(Spec):
     key: Annotated[str, Field(min_length=1)] | None = None
     """A private key file, the only one that is then tried; relative to devices.toml, `~` is the home folder."""
 
-    @field_validator("groups", mode="before")
-    @classmethod
-    def _groups_listed(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
     @field_validator("groups")
     @classmethod
     def _groups_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:

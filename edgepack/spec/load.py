@@ -20,6 +20,11 @@ class Spec(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _arrays_are_tuples(cls, table: object) -> object:
+        return _with_tuples(table)
+
 
 S = TypeVar("S", bound=Spec)
 
@@ -55,6 +60,15 @@ def check(kind: type[S], table: object, where: str) -> S:
     except pydantic.ValidationError as error:
         lines = [f"{where}: {_explain(kind, e['type'], e['loc'], e['msg'], e['input'])}" for e in error.errors()]
         raise InputError("\n".join(lines)) from error
+
+
+def _with_tuples(value: object) -> object:
+    """TOML has arrays, strict pydantic wants tuples."""
+    if isinstance(value, list):
+        return tuple(_with_tuples(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return value
 
 
 def load(kind: type[S], path: Path) -> S:

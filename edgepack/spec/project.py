@@ -17,11 +17,6 @@ Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 """[height, width] in pixels."""
 
 
-def _listed(value: object) -> object:
-    """TOML has arrays, strict pydantic wants tuples."""
-    return tuple(_listed(v) for v in value) if isinstance(value, list) else value
-
-
 class Preprocess(Spec):
     """From a picture, or an integer array, to the model's input.
 
@@ -38,11 +33,6 @@ class Preprocess(Spec):
     mean: float | Floats = 0.0
     std: float | Floats = 1.0
     """`mean` and `std` in units of the pixel (0 to 255): one number, or one a channel."""
-
-    @field_validator("resize", "crop", "pad", "mean", "std", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     @field_validator("std")
     @classmethod
@@ -119,11 +109,6 @@ class Project(Spec):
     metric: Metric = Metric()
     gate: Gate = Gate()
     budget: Budget = Budget()
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     @field_validator("name")
     @classmethod

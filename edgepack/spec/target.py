@@ -19,22 +19,12 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 
 
-def _listed(value: object) -> object:
-    """TOML has arrays, strict pydantic wants tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 class Cpu(Spec):
     model: str
     cores: Count | None = None
     """None where the target is a class of processors with any number of them."""
     flags: tuple[str, ...]
     """Must stand in /proc/cpuinfo ("flags" on x86, "Features" on ARM), spelt as there."""
-
-    @field_validator("flags", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
 
 class Accelerator(Spec):
@@ -45,11 +35,6 @@ class Accelerator(Spec):
     """As the runtime names it, for instance NPU."""
     pci_ids: tuple[str, ...] = ()
     """vendor:device in lower-case hex, as in /sys/bus/pci/devices/*/{vendor,device} without the 0x."""
-
-    @field_validator("pci_ids", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     @field_validator("pci_ids")
     @classmethod
@@ -73,11 +58,6 @@ class Numerics(Spec):
     """`static`: every dimension is fixed before the runtime sees the model."""
     dtypes: tuple[Dtype, ...]
     """Types whose arithmetic has instructions of its own there."""
-
-    @field_validator("dtypes", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     @model_validator(mode="after")
     def _narrow_where_it_saturates(self) -> Numerics:
@@ -104,11 +84,6 @@ class System(Spec):
     python: Annotated[str, Field(pattern=r"^3\.\d+$")]
     """Of its own python3 package, for instance "3.11"."""
     glibc: Annotated[str, Field(pattern=r"^2\.\d+$")]
-
-    @field_validator("ids", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     def is_named_by(self, os_id: str, version_id: str) -> bool:
         """Whether an /etc/os-release with these ID and VERSION_ID is this system."""
@@ -157,11 +132,6 @@ class Target(Spec):
     bench: BenchDefaults = BenchDefaults()
     sources: Annotated[dict[str, str], Field(min_length=1)]
     """Dotted key of this file -> address of the public document that the value comes from."""
-
-    @field_validator("aliases", "runtimes", "os", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     @field_validator("name")
     @classmethod

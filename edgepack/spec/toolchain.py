@@ -27,11 +27,6 @@ _WHEEL_NAME = re.compile(
 )
 
 
-def _listed(value: object) -> object:
-    """TOML has arrays, strict pydantic wants tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def as_numbers(version: str) -> tuple[int, ...]:
     """ "2.36" -> (2, 36), so that 2.4 comes before 2.36."""
     return tuple(int(part) for part in version.split("."))
@@ -85,11 +80,6 @@ class Pin(Spec):
     python: PythonVersion
     wheels: Annotated[tuple[Wheel, ...], Field(min_length=1)]
 
-    @field_validator("wheels", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
-
     @property
     def glibc(self) -> str:
         """The least glibc that all of them run on; "2.0" where none has native code."""
@@ -115,16 +105,6 @@ class Release(Spec):
     """Of the oldest system it is meant for: wheels whose tags ask for a newer one are not taken."""
     platforms: Annotated[dict[Machine, tuple[PythonVersion, ...]], Field(min_length=1)]
 
-    @field_validator("requirements", "without", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
-
-    @field_validator("platforms", mode="before")
-    @classmethod
-    def _lists_within(cls, value: object) -> object:
-        return {key: _listed(item) for key, item in value.items()} if isinstance(value, dict) else value
-
 
 class Toolchain(Spec):
     """One TOML of toolchains/."""
@@ -137,11 +117,6 @@ class Toolchain(Spec):
     release: Annotated[tuple[Release, ...], Field(min_length=1)]
     """The preferred first."""
     pin: tuple[Pin, ...] = ()
-
-    @field_validator("release", "pin", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return _listed(value)
 
     @model_validator(mode="after")
     def _pins_belong(self) -> Toolchain:

@@ -165,7 +165,7 @@ def _expand(path: Path, host: str, files: SshFiles, depth: int = 0) -> Iterator[
     if depth > MAX_INCLUDE_DEPTH:
         raise InputError(f"{path}: Include goes deeper than {MAX_INCLUDE_DEPTH} files; does it go in a circle?")
     block = "Host *"
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(config_lines(path), 1):
         keyword, _, value = line.strip().replace("=", " ", 1).partition(" ")
         if keyword.lower() in ("host", "match"):
             block = line.strip()
@@ -177,7 +177,11 @@ def _expand(path: Path, host: str, files: SshFiles, depth: int = 0) -> Iterator[
             yield block
 
 
-def _lines(path: Path) -> list[str]:
+def config_lines(path: Path) -> list[str]:
+    """The lines of an ssh file, none where it is not there; one that cannot be read is never skipped:
+
+    the key that would be missed may be the one that shows a changed host.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except (FileNotFoundError, NotADirectoryError):

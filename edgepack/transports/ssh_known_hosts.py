@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepack.errors import InputError, StorageError
+from edgepack.errors import StorageError
+from edgepack.transports.ssh_config import config_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ def look_up(name: str, files: Iterable[Path]) -> Known:
     revoked: list[HostKey] = []
     where = ""
     for path in files:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(config_lines(path), 1):
             fields = line.split()
             marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
             if len(fields) < 3 or fields[0].startswith("#") or marker not in ("", "@revoked"):
@@ -100,16 +101,6 @@ def record(path: Path, name: str, key: HostKey, *, hashed: bool) -> None:
             file.write(line.encode())
     except OSError as error:
         raise StorageError(f"{path}: the new host key cannot be recorded: {error.strerror}") from error
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        # Not skipped: the key that would be missed may be the one that shows a changed host.
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _matches(name: str, patterns: str) -> bool:

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import Manifest
-from edgepack.bundle.pack import Parts, file_entries, npz_bytes, wheel_path, write_bundle
+from edgepack.bundle.pack import Parts, file_entries, wheel_path, write_bundle
+from edgepack.graph.npz import npz_bytes
 from edgepack.protocol import RUNNER_PATH, ModelRef, RunnerClient
 from edgepack.runtimes.environment import environment, host_python
 from edgepack.runtimes.wheels import fetch

@@ -17,8 +17,9 @@ import pytest
 from edgepack.bundle.archive import BLOCK, END, write_archive
 from edgepack.bundle.bundle import Bundle, open_bundle
 from edgepack.bundle.manifest import CHECKSUM, MANIFEST, MAX_MANIFEST_BYTES
-from edgepack.bundle.pack import Parts, npz_bytes, write_bundle
+from edgepack.bundle.pack import Parts, write_bundle
 from edgepack.errors import InputError, StorageError, VerificationError
+from edgepack.graph.npz import npz_bytes
 from edgepack.protocol import RUNNER_PATH
 from edgepack.store import canonical_json, digest_json
 from tests.support.graphs import Array
