@@ -39,7 +39,7 @@ test-full: $(READY)
 	$(PYTEST) -m full
 
 bench: $(READY)
-	$(BIN)/python benchmarks/agreement.py
+	$(BIN)/python -m benchmarks.agreement
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

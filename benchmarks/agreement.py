@@ -1,15 +1,17 @@
 """Does the runner measure what a bare loop measures? p50 of both, interleaved, must agree within 5 %.
 
-    python benchmarks/agreement.py [--rounds 5] [--limit 0.05]
+    python -m benchmarks.agreement [--rounds 5] [--limit 0.05]
 
-The bare loop is what a person writes by hand: onnxruntime, one thread, perf_counter around session.run. Both
-run in the same Python with the same wheels, each time in a process of its own, in the order A B B A, so that a
-machine that speeds up or slows down meanwhile falls on both alike. Exits with 1 where they do not agree.
+The bare loop is what a person writes by hand: onnxruntime, one thread, perf_counter around session.run. The
+runner is started as on any device, over a real sshd, here on the loopback interface. Both run in the same
+Python with the same wheels, each time in a process of its own, in the order A B B A, so that a machine that
+speeds up or slows down meanwhile falls on both alike. Exits with 1 where they do not agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -26,7 +28,8 @@ from edgepack.protocol import RUNNER_PATH, BenchOrder, ModelRef, RunnerClient
 from edgepack.runtimes.environment import environment, host_python
 from edgepack.spec.toolchain import load_toolchain
 from edgepack.store import cache_folder
-from edgepack.transports.local import LocalTransport
+from edgepack.transports.base import Transport
+from tests.support.sshd import running_sshd
 
 WARMUP, RUNS, SECONDS = 20, 200, 1.0
 
@@ -79,10 +82,10 @@ def bare_p50_ms(lib: str, model: Path, inputs: Path) -> float:
     return p50([seconds * 1e3 for seconds in json.loads(done.stdout)])
 
 
-def runner_p50_ms(lib: str, model: Path, inputs: Path) -> float:
+def runner_p50_ms(device: Transport, lib: str, model: Path, inputs: Path) -> float:
     order = BenchOrder(warmup=WARMUP, runs=RUNS, seconds=SECONDS, max_seconds=60)
     reference = ModelRef(runtime="onnxruntime", lib=lib, files={"model": str(model)})
-    with RunnerClient.start(LocalTransport(), python=sys.executable, runner=str(RUNNER_PATH)) as runner:
+    with RunnerClient.start(device, python=sys.executable, runner=str(RUNNER_PATH)) as runner:
         measured = runner.bench(reference, str(inputs), order)
     return p50([ns / 1e6 for ns in measured.samples_ns])
 
@@ -91,6 +94,32 @@ def p50(times_ms: list[float]) -> float:
     median = summarise(times_ms).percentiles["p50"]
     assert median is not None, "too few runs for a median"
     return median.value
+
+
+def agrees(
+    device: Transport, lib: str, name: str, *, channels: int, layers: int, size: int, arguments: argparse.Namespace
+) -> bool:
+    """Time one network both ways, print the line, and say whether the medians are within the limit."""
+    with tempfile.TemporaryDirectory(prefix="edgepack-agreement-") as folder:
+        model, inputs = Path(folder, "model.onnx"), Path(folder, "inputs.npz")
+        save_network(model, channels=channels, layers=layers, size=size)
+        x = np.random.default_rng(1).normal(size=(1, 1, channels, size, size)).astype(np.float32)
+        np.savez(inputs, x=x)
+        bare, ours = [], []
+        for _ in range(arguments.rounds):
+            bare.append(bare_p50_ms(lib, model, inputs))
+            ours.append(runner_p50_ms(device, lib, model, inputs))
+            ours.append(runner_p50_ms(device, lib, model, inputs))
+            bare.append(bare_p50_ms(lib, model, inputs))
+    a, b = statistics.median(bare), statistics.median(ours)
+    within = bool(abs(b / a - 1) <= arguments.limit)
+    spread = max(max(values) / min(values) - 1 for values in (bare, ours))
+    print(
+        f"{name:>7}: bare {a:.4f}, runner {b:.4f}, ratio {b / a:.4f} "
+        f"({'agrees' if within else f'beyond {arguments.limit:.0%}'}; "
+        f"runs of one kind differ by up to {spread:.1%})"
+    )
+    return within
 
 
 def main() -> int:
@@ -102,29 +131,15 @@ def main() -> int:
     pin = load_toolchain("onnxruntime").release_for(host.machine, host.python, host.glibc)
     lib = str(environment(pin.wheels, cache_folder(), say=print))
     print(f"onnxruntime {pin.release}, one thread, {arguments.rounds} rounds of A B B A, p50 in ms")
-    agreed = True
-    for name, channels, layers, size in (("small", 16, 4, 16), ("middle", 32, 8, 40)):
-        with tempfile.TemporaryDirectory(prefix="edgepack-agreement-") as folder:
-            model, inputs = Path(folder, "model.onnx"), Path(folder, "inputs.npz")
-            save_network(model, channels=channels, layers=layers, size=size)
-            x = np.random.default_rng(1).normal(size=(1, 1, channels, size, size)).astype(np.float32)
-            np.savez(inputs, x=x)
-            bare, ours = [], []
-            for _ in range(arguments.rounds):
-                bare.append(bare_p50_ms(lib, model, inputs))
-                ours.append(runner_p50_ms(lib, model, inputs))
-                ours.append(runner_p50_ms(lib, model, inputs))
-                bare.append(bare_p50_ms(lib, model, inputs))
-        a, b = statistics.median(bare), statistics.median(ours)
-        within = abs(b / a - 1) <= arguments.limit
-        agreed = agreed and within
-        spread = max(max(values) / min(values) - 1 for values in (bare, ours))
-        print(
-            f"{name:>7}: bare {a:.4f}, runner {b:.4f}, ratio {b / a:.4f} "
-            f"({'agrees' if within else f'beyond {arguments.limit:.0%}'}; "
-            f"runs of one kind differ by up to {spread:.1%})"
-        )
-    return 0 if agreed else 1
+    with tempfile.TemporaryDirectory(prefix="edgepack-sshd-") as folder, running_sshd(Path(folder)) as server:
+        server.trust("ed25519")
+        with contextlib.closing(server.transport()) as device:
+            networks = (("small", 16, 4, 16), ("middle", 32, 8, 40))
+            agreed = [
+                agrees(device, lib, name, channels=channels, layers=layers, size=size, arguments=arguments)
+                for name, channels, layers, size in networks
+            ]
+    return 0 if all(agreed) else 1
 
 
 if __name__ == "__main__":
