@@ -10,12 +10,14 @@ that made it runs again and replaces it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -195,14 +197,32 @@ class Store:
             root.mkdir(parents=True, exist_ok=True)
             _sweep(root)
             _sweep_parts(self.folder)
-            folder = Path(tempfile.mkdtemp(dir=root))
+        folder = root / secrets.token_hex(8)
+        _alive.add(folder)  # before it is made: Ctrl-C may come between any two lines
+        with storage_errors(root):
+            folder.mkdir(mode=0o700)
             lock = _lock(folder)
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             if lock is not None:
                 os.close(lock)
+
+
+_alive: set[Path] = set()
+"""Workspaces of this process. An interrupt inside `with workspace()` itself leaves one to `_remove_all`."""
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _alive.discard(folder)
+
+
+@atexit.register
+def _remove_all() -> None:
+    for folder in tuple(_alive):
+        _remove(folder)
 
 
 def _is_digest(value: object) -> bool:

@@ -188,6 +188,18 @@ def test_a_workspace_is_removed_when_its_block_fails(store: Store) -> None:
     assert not folder.exists()
 
 
+def test_an_interrupt_while_a_workspace_is_made_leaves_none(store: Store) -> None:
+    program = (
+        "import sys, pathlib, edgepack.store as s\n"
+        "def interrupted(folder): raise KeyboardInterrupt\n"
+        "s._lock = interrupted\n"
+        "with s.Store(pathlib.Path(sys.argv[1])).workspace(): pass\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(store.folder)], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in ended.stderr
+    assert list((store.folder / "work").iterdir()) == []
+
+
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
