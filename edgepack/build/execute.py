@@ -81,6 +81,12 @@ def execute(plan: BuildPlan, opened: OpenProject, bench: Workbench) -> StepRecor
     return record
 
 
+def steps_taken(plan: BuildPlan, store: Store) -> tuple[Step, ...]:
+    """The steps of an executed plan without those that found nothing to do."""
+    records = [(step, store.recall(step.key)) for step in plan.steps]
+    return tuple(step for step, record in records if record is None or "left_out" not in record.facts)
+
+
 def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench: Workbench) -> StepRecord:
     """Apply one pass and keep what it made."""
     each = PASSES[step.pass_name]
@@ -97,13 +103,19 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
             folder=after,
         )
         with storage_errors(after):
-            made = each.apply(files, step.params, context)
-            record = StepRecord(files={path.name: bench.store.put_file(path) for path in made.values()})
+            try:
+                made = each.apply(files, step.params, context)
+                record = StepRecord(files={path.name: bench.store.put_file(path) for path in made.values()})
+            except UnsupportedError as error:
+                if not step.optional or previous is None:
+                    raise
+                record = StepRecord(files=previous.files, facts={"left_out": str(error)})
         bench.store.record(step.key, record)
         return record
 
 
-ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights"}
+ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".npz": "integers", ".json": "ranges"}
+"""Of a step's files, by suffix."""
 
 
 def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:

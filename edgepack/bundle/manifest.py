@@ -75,7 +75,10 @@ class ModelPart(Part):
     files: dict[str, str]
     """Path in the bundle by role: `model`, and `weights` where the format keeps them apart."""
     format: Literal["onnx", "openvino-ir"]
-    precision: Literal["int8", "fp32"]
+    precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "fp32"]
+    """`-weights`: stored so, computed in float32."""
+    candidate: str
+    """Of those that the search tried (evidence.json): `int8`, `int8-w4`."""
     source_sha256: Hex
     source_bytes: int
     inputs: tuple[TensorPart, ...]
@@ -107,6 +110,23 @@ class AccuracyPart(Part):
     """Runtime and version, its device, and the machine: "onnxruntime 1.32.0 on x86_64 (CPU)"."""
     note: str | None = None
     """What the reader must know, for instance that no NPU ran it."""
+    robustness: Facts | None = None
+    """Under corruption; None where the project sets no limit."""
+
+
+class SpeedPart(Part):
+    """One inference of this model against one of the fp32 model, timed in turns: below 1 is faster."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+    confidence: float
+    tolerance: float
+    rounds: int
+    verdict: Literal["faster", "equal", "slower", "unresolved"]
+    baseline_ms: float
+    candidate_ms: float
+    disturbances: tuple[str, ...]
+    where: str
 
 
 class Golden(Part):
@@ -147,7 +167,9 @@ class Manifest(Part):
     passes: tuple[PassPart, ...]
     accuracy: AccuracyPart | None
     """None in a bundle of the fp32 model itself."""
-    speed: Literal["not measured"] = "not measured"
+    speed: SpeedPart | Literal["not measured"] = "not measured"
+    evidence: str | None = None
+    """Path of evidence.json: every candidate that was tried, and why this one was taken."""
     sizes: Sizes
     golden: Golden
     bench: BenchPart
@@ -168,6 +190,7 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _what_is_named_is_there(self) -> Manifest:
         named = [*self.model.files.values(), *self.runtime.wheels, self.golden.inputs, self.golden.outputs, self.runner]
+        named += [self.evidence] if self.evidence is not None else []
         for path in named:
             if path not in self.files:
                 raise ValueError(f"'{path}' is named, but not among the files")

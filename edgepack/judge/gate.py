@@ -174,6 +174,36 @@ def judge_drop(metric: MetricInstance, *, baseline: Sequence[Any], candidate: Se
     )
 
 
+def foresee_worst(
+    metric: MetricInstance, *, baseline: Sequence[Any], candidate: Sequence[Any], gate: Gate, samples: int
+) -> float:
+    """The worse end of the interval that so many other samples would give, should the drop stay as it is here.
+
+    Infinite where outputs have NaN or infinity.
+    """
+    if not baseline or _not_finite(metric, candidate):
+        return math.inf
+    before, after = metric.gather(baseline), metric.gather(candidate)
+    worth, value = metric.reduce(before), metric.reduce(after)
+    drop = worth - value if metric.higher_is_better else value - worth
+    if not math.isfinite(drop):
+        return math.inf
+    interval = drop_interval(metric, before, after, drop=drop, baseline=worth, confidence=gate.confidence)
+    return interval.worst_at(samples)
+
+
+def can_be_proved(metric: MetricInstance, gate: Gate, samples: int) -> bool:
+    """Whether a candidate that changes no answer at all passes on so many samples; with few of them none can.
+
+    True for a metric that is no share: what its interval is then, only data tells.
+    """
+    if not metric.is_share:
+        return True
+    unseen = 0.0 if metric.spread == "yes-no" else UNSEEN_LOSS
+    interval = paired_interval(np.zeros(max(samples, 1)), confidence=gate.confidence, unseen=unseen)
+    return interval.high <= resolve_max_drop(metric, gate)
+
+
 def _answer(drop: float, worst: float, limit: float) -> Answer:
     if drop > limit + ROUNDING:
         return "missed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -13,23 +14,41 @@ from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
 from edgepack.protocol import ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
+from edgepack.transports.base import Transport
 
 CHUNK_BYTES = 64 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
 CHUNK_FEEDS = 512
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """Where the runner is on another machine."""
+
+    transport: Transport
+    folder: str
+    """There, for the files exchanged."""
+
+
 class RuntimeSession:
     """One runner process with one runtime; a context manager that ends it.
 
-    `lib` is the folder with the runtime's unpacked wheels, `folder` one for the files exchanged.
+    `lib` is the folder with the runtime's unpacked wheels, `folder` one of this machine for the files exchanged;
+    they, and the models' files, are the device's own where the runner is `remote`.
     One thread, so that results do not depend on how many cores this machine has.
     """
 
     def __init__(
-        self, client: RunnerClient, *, runtime: str, lib: Path, options: Mapping[str, Json], folder: Path
+        self,
+        client: RunnerClient,
+        *,
+        runtime: str,
+        lib: Path | str,
+        options: Mapping[str, Json],
+        folder: Path,
+        remote: Remote | None = None,
     ) -> None:
         self._client, self._runtime, self._lib = client, runtime, lib
-        self._options, self._folder = dict(options), folder
+        self._options, self._folder, self._remote = dict(options), folder, remote
         self._exchanges = 0
 
     def __enter__(self) -> RuntimeSession:
@@ -41,7 +60,7 @@ class RuntimeSession:
         self._client.close()
 
     def run(
-        self, files: Mapping[str, Path], feeds: Iterable[Feed], fetch: Sequence[str] | None = None
+        self, files: Mapping[str, Path | str], feeds: Iterable[Feed], fetch: Sequence[str] | None = None
     ) -> Iterator[Feed]:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
@@ -87,7 +106,7 @@ class RuntimeSession:
             with storage_errors(batch):
                 batch.write_bytes(npz_bytes({name: np.stack([f[name] for f in chunk]) for name in chunk[0]}))
             try:
-                self._client.infer_batch(model, str(batch), len(chunk), str(output), fetch=fetch)
+                self._infer(model, batch, len(chunk), output, fetch)
             except RunnerError:
                 raise
             except DeviceError as error:
@@ -99,6 +118,19 @@ class RuntimeSession:
         finally:
             batch.unlink(missing_ok=True)
             output.unlink(missing_ok=True)
+
+    def _infer(self, model: ModelRef, batch: Path, count: int, output: Path, fetch: Sequence[str] | None) -> None:
+        if self._remote is None:
+            self._client.infer_batch(model, str(batch), count, str(output), fetch=fetch)
+            return
+        transport = self._remote.transport
+        there = [f"{self._remote.folder}/{path.name}" for path in (batch, output)]
+        try:
+            transport.put(batch, there[0])
+            self._client.infer_batch(model, there[0], count, there[1], fetch=fetch)
+            transport.get(there[1], output)
+        finally:
+            transport.run(["rm", "-f", *there])
 
     def _explained(self, error: RunnerError) -> EdgepackError:
         """What a runner's failure means where it runs on this machine."""

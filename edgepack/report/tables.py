@@ -14,8 +14,8 @@ from edgepack.store import Json
 
 if TYPE_CHECKING:
     from edgepack.bench.result import BenchmarkResult
+    from edgepack.build.build import BuildReport, Built
     from edgepack.build.planner import BuildPlan
-    from edgepack.build.search import BuildReport, Built
     from edgepack.bundle.bundle import Bundle
 
 MIB = 1 << 20
@@ -38,6 +38,7 @@ def _failures(report: BuildReport) -> list[Json]:
             "exit_code": failure.error.exit_code,
             "kind": failure.error.kind,
             "error": failure.message,
+            "search": failure.evidence,
         }
         for failure in report.failed
     ]
@@ -45,6 +46,7 @@ def _failures(report: BuildReport) -> list[Json]:
 
 def _bundle_row(built: Built) -> dict[str, Json]:
     verdict: Mapping[str, Json] = built.locked.verdict or {}
+    speed = _speed(built.locked.evidence)
     return {
         "target": built.plan.target.name,
         "os": built.plan.system.name,
@@ -52,6 +54,7 @@ def _bundle_row(built: Built) -> dict[str, Json]:
         "sha256": built.locked.bundle,
         "runtime": f"{built.plan.recipe.runtime} {built.plan.runtime_version}",
         "precision": built.plan.recipe.precision,
+        "candidate": built.plan.recipe.name,
         "bytes": built.locked.bundle_bytes,
         "model_bytes": built.model_bytes,
         "baseline_bytes": built.baseline_bytes,
@@ -66,15 +69,30 @@ def _bundle_row(built: Built) -> dict[str, Json]:
         "accepted_unresolved": verdict.get("accepted_unresolved"),
         "judged_in": built.locked.judged_in if verdict else None,
         "note": built.plan.recipe.note,
-        "passes": [step.pass_name for step in built.plan.steps],
+        "passes": list(built.steps),
+        "speed": {**speed} if speed else None,
+        "search": built.locked.evidence,
         "cached": built.cached,
     }
+
+
+def _speed(evidence: Mapping[str, Json] | None) -> Mapping[str, Json] | None:
+    speed = (evidence or {}).get("speed")
+    return speed if isinstance(speed, dict) else None
+
+
+def _time_text(speed: Mapping[str, Json] | None) -> str:
+    """`0.48x`: one inference takes so much of fp32's time."""
+    if speed is None:
+        return "not measured"
+    return f"{float(str(speed['ratio'])):.2f}x ({speed['verdict']})"
 
 
 def build_table(report: BuildReport) -> str:
     """One row a bundle, fp32 and compressed side by side, and below it what was done and where it was judged."""
     table = _table(
-        "target", "model", "fp32", "here", "smaller", "metric", "fp32", "here", "drop, 95 % interval", "gate"
+        *("target", "chosen", "fp32", "here", "smaller", "time", "metric", "fp32", "here"),
+        *("drop, 95 % interval", "gate"),
     )
     lines: list[str] = []
     for built in report.built:
@@ -82,15 +100,16 @@ def build_table(report: BuildReport) -> str:
         metric, baseline, value, drop, answer = _accuracy_cells(verdict)
         table.add_row(
             built.plan.target.name,
-            built.plan.recipe.precision,
+            built.plan.recipe.name,
             size_text(built.baseline_bytes),
             size_text(built.model_bytes),
             f"{built.baseline_bytes / built.model_bytes:.2f}x",
+            _time_text(_speed(built.locked.evidence)) if verdict else "",
             *(metric, baseline, value, drop, answer),
         )
         state = "unchanged" if built.cached else "written"
         lines.append(f"{built.path} ({built.locked.bundle_bytes / MIB:.1f} MiB, {state})")
-        lines.append(f"  {' -> '.join(step.pass_name for step in built.plan.steps)}")
+        lines.append(f"  {' -> '.join(built.steps)}")
         if verdict:
             lines.append(
                 f"  judged in {built.locked.judged_in}, {verdict['samples']} samples{_agreement_note(verdict)}"
@@ -98,6 +117,44 @@ def build_table(report: BuildReport) -> str:
             if built.plan.recipe.note:
                 lines.append(f"  {built.plan.recipe.note}")
     return "\n".join([_text(table), *lines])
+
+
+def plan_page(plans: Sequence[BuildPlan]) -> str:
+    """`build --dry-run`: what may be tried, by target."""
+    lines: list[str] = []
+    for plan in plans:
+        if plan.heading not in lines:
+            lines.append(plan.heading)
+        lines.append(str(plan))
+    return "\n".join(lines)
+
+
+def explain_page(evidence: Mapping[str, Json]) -> str:
+    """`build --explain`: each candidate of one target, and why it was taken, dropped or not tried."""
+    table = _table("candidate", "bytes", "time", "drop when choosing", "front", "what became of it")
+    candidates = evidence["candidates"]
+    assert isinstance(candidates, list)
+    for each in candidates:
+        assert isinstance(each, dict)
+        speed, selection = each["speed"], each["selection"]
+        drop = ""
+        if isinstance(selection, dict) and selection["drop"] is not None:
+            drop = _number(selection["drop"], bool(selection["is_share"]), sign=True)
+        table.add_row(
+            str(each["name"]),
+            "" if each["bytes"] is None else f"{each['bytes']:,}",
+            _time_text(speed) if isinstance(speed, dict) else "",
+            drop,
+            "yes" if each["front"] else "",
+            f"{each['outcome']}: {each['reason']}" if each["reason"] else str(each["outcome"]),
+        )
+    samples = evidence["samples"]
+    assert isinstance(samples, dict)
+    head = (
+        f"{evidence['target']}, by {evidence['objective']}: {samples['selection']} samples chose, "
+        f"{samples['gate']} others gate"
+    )
+    return "\n".join([head, _text(table)])
 
 
 def _accuracy_cells(verdict: Mapping[str, Json] | None) -> tuple[str, str, str, str, str]:
@@ -154,7 +211,7 @@ def bundle_page(bundle: Bundle) -> str:
         f"  runtime   {m.runtime.name} {m.runtime.version}, {m.runtime.options}",
         f"  passes    {' -> '.join(each.name for each in m.passes)}",
         *_evidence(bundle),
-        f"  speed     {m.speed}",
+        f"  speed     {_speed_line(bundle)}",
         f"  health    {m.golden.samples} golden samples, at least {m.golden.min_sqnr_db:g} dB",
         "  files",
     ]
@@ -162,6 +219,17 @@ def bundle_page(bundle: Bundle) -> str:
     for path, entry in m.files.items():
         table.add_row(path, f"{entry.bytes:,}", entry.sha256[:16])
     return "\n".join([*lines, _text(table).rstrip()])
+
+
+def _speed_line(bundle: Bundle) -> str:
+    speed = bundle.manifest.speed
+    if speed == "not measured":
+        return speed
+    interval = "" if speed.interval is None else f" [{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]"
+    return (
+        f"{speed.ratio:.3f} of fp32's time{interval}, {speed.verdict}: {speed.candidate_ms:.3f} ms against "
+        f"{speed.baseline_ms:.3f} on {speed.where}, in turns"
+    )
 
 
 def _evidence(bundle: Bundle) -> list[str]:

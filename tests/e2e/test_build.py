@@ -24,6 +24,7 @@ from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
+STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "store-narrow"]
 RPI4 = "dist/fashion-mnist-rpi4.edgepack"
 
 
@@ -60,7 +61,7 @@ def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
     assert first["metric"] == "top1" and first["samples"] == 2000 and first["answer"] == "passed"
     assert first["interval"][0] <= first["drop"] <= first["interval"][1] <= 0.01
     assert first["model_bytes"] * 3 < first["baseline_bytes"] < first["bytes"]
-    assert first["passes"] == ["canonicalise", "quantise-static"]
+    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "store-narrow"]
     bundle = open_bundle(made.project / RPI4)
     bundle.verify()
     assert bundle.file_sha256() == first["sha256"] and bundle.size_bytes == first["bytes"]
@@ -70,7 +71,7 @@ def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
 
 def test_the_numerics_are_the_targets(made: Made) -> None:
     found = {
-        row["target"]: open_bundle(made.project / row["path"]).manifest.passes[-1].params["activation_dtype"]
+        row["target"]: open_bundle(made.project / row["path"]).manifest.passes[2].params["activation_dtype"]
         for row in rows(made.first)
     }
     assert found == {"rpi4": "int8", "x86-avx512-vnni": "uint8"}
@@ -98,7 +99,7 @@ def test_a_lock_that_says_missed_ships_nothing_on_its_word(made: Made) -> None:
     lock = made.project / "edgepack.lock"
     whole = lock.read_bytes()
     table = json.loads(whole)
-    table["builds"]["rpi4 debian-12 int8"]["verdict"]["answer"] = "missed"
+    table["builds"]["rpi4 debian-12"]["verdict"]["answer"] = "missed"
     lock.write_text(json.dumps(table), encoding="utf-8")
     (row,) = rows(made.edgepack("build", "-t", "rpi4", "--json"))
     assert row["cached"] is False and row["answer"] == "passed"
@@ -161,7 +162,7 @@ def test_two_builds_at_once_do_not_disturb_each_other(made: Made, tmp_path: Path
     assert hashes[0] == hashes[1]
     assert (project / RPI4).read_bytes() == (made.project / RPI4).read_bytes()
     lock = json.loads((project / "edgepack.lock").read_bytes())
-    assert sorted(lock["builds"]) == ["rpi4 debian-12 int8", "x86-avx2 debian-12 int8"]
+    assert sorted(lock["builds"]) == ["rpi4 debian-12", "x86-avx2 debian-12"]
 
 
 def start_build(project: Path, cache: Path) -> subprocess.Popen[str]:
@@ -180,7 +181,7 @@ def test_a_build_that_is_killed_at_any_moment_is_safely_taken_up(made: Made, tmp
     """In each of its phases, at a moment drawn from a seed; what it did before, the next one takes up."""
     project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
     whole, moments = (made.project / RPI4).read_bytes(), random.Random(7)
-    for phase in ("canonicalise", "quantise-static", "quantise-static", "judging", "packing", "packing"):
+    for phase in ("canonicalise", "observe", "quantise-static", "judging", "packing", "packing"):
         process = start_build(project, cache)
         assert process.stderr is not None
         said = next((line for line in process.stderr if line.startswith(f"rpi4: {phase}")), None)
@@ -252,10 +253,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     project = example(tmp_path / "project")
     done = edgepack("build", "-t", "rpi4", "--dry-run", cwd=project)
     assert done.exit_code == 0
-    assert "1. canonicalise" in done.stdout and "2. quantise-static" in done.stdout
+    assert "1. canonicalise" in done.stdout and "3. quantise-static" in done.stdout
     assert "onnxruntime" in done.stdout
     plan = edgepack("build", "-t", "rpi4", "--dry-run", "--json", cwd=project).document["plans"][0]
-    assert [step["pass"] for step in plan["steps"]] == ["canonicalise", "quantise-static"]
+    assert [step["pass"] for step in plan["steps"]] == STEPS
     assert not (project / "dist").exists() and not (project / "edgepack.lock").exists()
 
 

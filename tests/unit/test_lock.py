@@ -35,13 +35,15 @@ def facts(verdict: Verdict) -> dict[str, Json]:
     return table
 
 
-def entry(plan: str = "p") -> Locked:
+def entry(search: str = "s") -> Locked:
     return Locked(
-        plan=plan,
+        search=search,
+        candidate={"name": "int8", "why": "", "base": "int8", "passes": []},
         model={"model.onnx": "a" * 64},
         golden="b" * 64,
         verdict=facts(VERDICT),
         judged_in="onnxruntime 1 on x86_64 (CPU)",
+        evidence={"schema": 1},
         bundle="c" * 64,
         bundle_bytes=7,
     )
@@ -71,7 +73,9 @@ def test_builds_at_once_lose_no_entry(tmp_path: Path) -> None:
     assert len(read_lock(path)) == 45
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema": 1, "builds": {"rpi4": {"plan": "p"}}}', '{"schema": 9}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"schema": 2, "builds": {"rpi4": {"search": "s"}}}', '{"schema": 9}']
+)
 def test_damage_is_named_with_the_cure(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "edgepack.lock"
     path.write_text(damage, encoding="utf-8")
