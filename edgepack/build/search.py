@@ -322,8 +322,8 @@ class _Fixed:
     names: frozenset[str]
 
     def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None:
-        both = ({name: array for name, array in each.items() if name in self.names} for each in (reference, found))
-        self.meter.add(*both, label)
+        old, new = ({name: array for name, array in each.items() if name in self.names} for each in (reference, found))
+        self.meter.add(old, new, label)
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
