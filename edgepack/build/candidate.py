@@ -34,6 +34,8 @@ class Candidate:
     """On the samples that choose; never on those that gate."""
     foreseen_worst: float = math.inf
     """The worse end of the drop's interval as the gate will see it, should the drop stay as it is."""
+    chance: float = 0.0
+    """That the gate passes it, from what the samples that choose say."""
     stopped_early: bool = False
     drift: DriftReport | None = None
     speed: SpeedRatio | None = None

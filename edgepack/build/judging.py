@@ -21,7 +21,7 @@ from edgepack.errors import InputError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.compare import Compared, Run, Watcher, compare
 from edgepack.judge.data_set import DataSet, Feed
-from edgepack.judge.gate import Verdict, foresee_worst, judge_drop
+from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop
 from edgepack.judge.robustness import assess
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 from edgepack.store import Json, StepRecord, canonical_json, digest_json
@@ -40,6 +40,8 @@ class Selected:
     verdict: Verdict
     foreseen_worst: float
     """The worse end of the drop's interval as the gate will see it, should the drop stay as it is."""
+    chance: float
+    """That the gate passes it."""
     stopped_early: bool
 
 
@@ -64,9 +66,12 @@ class Judge:
         metric, gate = self.opened.metric, self.opened.project.gate
         compared = self._compare(made, data, watcher=watcher, enough=self._surely_missed(len(data)))
         both = {"baseline": compared.baseline, "candidate": compared.candidate}
+        verdict = judge_drop(metric, gate=gate, **both)
+        worst = foresee_worst(metric, gate=gate, samples=gate_samples, **both)
         return Selected(
-            verdict=judge_drop(metric, gate=gate, **both),
-            foreseen_worst=foresee_worst(metric, gate=gate, samples=gate_samples, **both),
+            verdict=verdict,
+            foreseen_worst=worst,
+            chance=chance_to_pass(verdict, worst),
             stopped_early=len(compared.baseline) < len(data),
         )
 

@@ -27,6 +27,7 @@ from edgepack.bundle.pack import MIB
 from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnresolvedError, UnsupportedError
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.drift import DriftMeter
+from edgepack.judge.drift_report import DriftReport
 from edgepack.judge.gate import can_be_proved
 from edgepack.judge.metric import Label, Outputs
 from edgepack.passes.contract import PassDefect
@@ -36,6 +37,9 @@ from edgepack.store import Json
 
 TIMED = 4
 """Most candidates that are timed, the cheapest by estimate first: a comparison takes up to 20 s."""
+LEAST_CHANCE = 0.8
+"""That the gate passes it, for a candidate to be taken as one that holds. The gate is asked once: a bolder choice would
+fail more builds, a shyer one ship larger models."""
 FLOAT_LAYERS = (1, 2, 4, 8, 16, 32)
 """How many of the most sensitive layers are left in float, in turn."""
 
@@ -185,21 +189,19 @@ class _Search:
             return
         judge.bench.say(f"{candidate.plan.target.name}: trying {candidate.name} ({candidate.plan.recipe.why})")
         made = Made(plan=candidate.plan, record=candidate.record)
-        outputs = judge.opened.interface.outputs
-        fixed = [each.name for each in outputs if all(isinstance(d, int) for d in each.shape)]
-        meter = DriftMeter(metric=judge.opened.metric if len(fixed) == len(outputs) else None)
-        watcher = _Fixed(meter=meter, names=frozenset(fixed))
+        watcher = _Drift(meter=DriftMeter(metric=judge.opened.metric))
         seen = judge.select(made, setting.selection, watcher, gate_samples=setting.gate_samples)
         verdict = candidate.selection = seen.verdict
         candidate.stopped_early, candidate.foreseen_worst = seen.stopped_early, seen.foreseen_worst
-        candidate.drift = meter.report()
+        candidate.chance = seen.chance
+        candidate.drift = watcher.report()
         candidate.outcome = "kept" if self._holds(candidate) else "dropped"
         if verdict.drop is None:
             candidate.reason = verdict.reason
         elif candidate.outcome == "dropped":
             candidate.reason = (
-                f"drop {verdict.drop:.4g} on the samples that choose, at worst {candidate.foreseen_worst:.4g} "
-                f"on those that gate; the limit is {verdict.max_drop:g}"
+                f"drop {verdict.drop:.4g} on the samples that choose, limit {verdict.max_drop:g}: "
+                f"the gate would pass it with a chance of {candidate.chance:.0%}"
             )
 
     def _holds(self, candidate: Candidate) -> bool:
@@ -210,7 +212,7 @@ class _Search:
         accepted = self.setting.judge.opened.project.gate.accept_unresolved
         if accepted or not self._can_resolve():
             return verdict.answer != "missed"
-        return candidate.foreseen_worst <= verdict.max_drop
+        return candidate.chance >= LEAST_CHANCE
 
     def _holding(self) -> list[Candidate]:
         return [c for c in self.candidates if c.outcome == "kept"]
@@ -236,7 +238,7 @@ class _Search:
         ]
         if not tried or self.judged >= self.setting.search.evaluations:
             return
-        base = min(tried, key=lambda c: c.foreseen_worst)
+        base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst))
         assert base.record is not None
         made = Made(plan=base.plan, record=base.record)
         self.sensitivity = measure_sensitivity(made, judge.opened, judge.bench, more_time=self._has_time)
@@ -265,7 +267,7 @@ class _Search:
             judged = [c for c in self.candidates if c.selection is not None]
             if not judged:
                 raise self._nothing_made()
-            nearest = min(judged, key=lambda c: (c.foreseen_worst, c.rank(objective, baseline)))
+            nearest = min(judged, key=lambda c: (-c.chance, c.foreseen_worst, c.rank(objective, baseline)))
             nearest.outcome, nearest.reason = "chosen", f"none holds; this one comes nearest ({nearest.reason})"
             return nearest
         chosen = self._fastest(holding) if self.setting.judge.arena.times else holding[0]
@@ -314,16 +316,22 @@ class _Search:
         candidate.speed = judge.speed(setting.baseline, made)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fixed:
-    """Shows a meter only outputs of a fixed shape: two of another shape, which follows from data, have no distance."""
+@dataclass(slots=True, kw_only=True)
+class _Drift:
+    """Feeds a meter as long as shapes agree: outputs whose shape follows from data have no distance."""
 
     meter: DriftMeter
-    names: frozenset[str]
+    samples: int = 0
+    comparable: bool = True
 
     def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None:
-        old, new = ({name: array for name, array in each.items() if name in self.names} for each in (reference, found))
-        self.meter.add(old, new, label)
+        self.comparable = self.comparable and all(found[name].shape == a.shape for name, a in reference.items())
+        if self.comparable:
+            self.meter.add(reference, found, label)
+            self.samples += 1
+
+    def report(self) -> DriftReport | None:
+        return self.meter.report() if self.comparable and self.samples else None
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
