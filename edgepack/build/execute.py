@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,16 +103,24 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
             feed_files=lambda count: _feed_files(count, opened, feeds),
             folder=after,
         )
+        started = time.monotonic()
         with storage_errors(after):
             try:
                 made = each.apply(files, step.params, context)
-                record = StepRecord(files={path.name: bench.store.put_file(path) for path in made.values()})
+                kept = {path.name: bench.store.put_file(path) for path in made.values()}
+                record = StepRecord(files=kept, facts={"seconds": time.monotonic() - started})
             except UnsupportedError as error:
                 if not step.optional or previous is None:
                     raise
                 record = StepRecord(files=previous.files, facts={"left_out": str(error)})
         bench.store.record(step.key, record)
         return record
+
+
+def seconds_of(plan: BuildPlan, store: Store) -> float:
+    """What the steps of an executed plan took when they were done."""
+    records = [store.recall(step.key) for step in plan.steps]
+    return sum(float(str(record.facts.get("seconds", 0.0))) for record in records if record is not None)
 
 
 ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".npz": "integers", ".json": "ranges"}

@@ -92,13 +92,15 @@ class Judge:
         verdict_from(facts)
         return facts
 
-    def robustness(self, made: Made, data: DataSet) -> dict[str, Json] | None:
-        """The report as JSON; None where the project sets no limit."""
+    def robustness(
+        self, made: Made, data: DataSet, *, always: bool = False, samples: int | None = None
+    ) -> dict[str, Json] | None:
+        """The report as JSON; None where the project sets no limit, unless `always`. `samples` instead of its limit."""
         project = self.opened.project
         limit = project.gate.max_robustness_drop
-        if limit is None:
+        if limit is None and not always:
             return None
-        asked = project.robustness
+        asked = project.robustness if samples is None else project.robustness.model_copy(update={"limit": samples})
 
         def measure() -> dict[str, Json]:
             self.bench.say(f"{made.plan.target.name}: robustness of {made.plan.recipe.name}")
@@ -123,7 +125,7 @@ class Judge:
                 )
             return _FACTS.validate_python(report.to_json())
 
-        return self.remembered("robustness", made, data, measure)
+        return self.remembered(f"robustness of {asked.limit}", made, data, measure)
 
     def speed(self, baseline: Made, made: Made) -> SpeedRatio:
         """Both timed in turns on the golden inputs; remembered, and by one build of this cache at a time: two of them

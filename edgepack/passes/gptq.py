@@ -115,6 +115,7 @@ class Gptq:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("gptq", "observe", "quantise-static")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return GptqParams(bits=target.numerics.weight_bits, bits_by_node={}).as_json()

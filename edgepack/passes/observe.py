@@ -34,6 +34,7 @@ class Observe:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ()
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"range": "min-max"}

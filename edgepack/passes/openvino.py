@@ -22,6 +22,7 @@ class ConvertOpenvino:
     toolchain: ClassVar[str | None] = "nncf"
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
+    technique: ClassVar[tuple[str, ...]] = ("convert-openvino",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"compress_to_fp16": False}
@@ -42,6 +43,7 @@ class QuantiseNncf:
     toolchain: ClassVar[str | None] = "nncf"
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ()
+    technique: ClassVar[tuple[str, ...]] = ("convert-openvino", "quantise-nncf")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {

@@ -48,6 +48,7 @@ class QuantiseStatic:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("observe", "quantise-static")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {

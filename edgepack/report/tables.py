@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgepack.bench.result import BenchmarkResult
     from edgepack.build.build import BuildReport, Built
     from edgepack.build.planner import BuildPlan
+    from edgepack.build.techniques import TechniqueRow
     from edgepack.bundle.bundle import Bundle
 
 MIB = 1 << 20
@@ -155,6 +156,34 @@ def explain_page(evidence: Mapping[str, Json]) -> str:
         f"{samples['gate']} others gate"
     )
     return "\n".join([head, _text(table)])
+
+
+def techniques_page(rows: Sequence[TechniqueRow], baseline_bytes: int) -> str:
+    """`compare-techniques`."""
+    table = _table(
+        *("technique", "bytes", "smaller", "value", "drop, interval", "corrupted", "time", "built in"),
+        "passes",
+    )
+    for row in rows:
+        verdict = row.verdict
+        drop = value = ""
+        if verdict is not None and verdict.drop is not None and verdict.interval is not None:
+            share = verdict.is_share
+            low, high = (_points(end, share) for end in verdict.interval)
+            value, drop = _number(verdict.value, share), f"{_points(verdict.drop, share)} [{low}, {high}]"
+        corrupted = "" if row.robustness_drop is None or verdict is None else row.robustness_drop
+        table.add_row(
+            f"{row.name}{' (combined)' if row.combined else ''}",
+            "" if row.bytes is None else f"{row.bytes:,}",
+            "" if row.bytes is None else f"{baseline_bytes / row.bytes:.2f}x",
+            value,
+            drop,
+            _points(corrupted, verdict.is_share) if verdict is not None and isinstance(corrupted, float) else "",
+            "" if row.speed is None else f"{row.speed.ratio:.2f}x ({row.speed.verdict})",
+            "" if row.build_s is None else f"{row.build_s:.1f} s",
+            row.reason or " -> ".join(row.passes),
+        )
+    return _text(table)
 
 
 def _accuracy_cells(verdict: Mapping[str, Json] | None) -> tuple[str, str, str, str, str]:
