@@ -11,7 +11,7 @@ help:
 	@echo "make test       the tests that need neither root nor long minutes"
 	@echo "make check      ruff, mypy, import-linter"
 	@echo "make test-full  the long suites: emulated devices (needs root)"
-	@echo "make bench      the claims on speed, as ratios"
+	@echo "make bench      the claims on speed, size and memory, as ratios, beside other quantisers"
 	@echo "make golden     rewrite the golden plans"
 	@echo "make update-toolchains   renew the pinned wheels"
 	@echo "make clean      remove .venv and what was built"
@@ -40,6 +40,8 @@ test-full: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
+	$(BIN)/python -m benchmarks.memory
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

@@ -110,7 +110,7 @@ class GptqParams:
 
 class Gptq:
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "weights as integers chosen against calibration data (GPTQ), biases corrected"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -287,13 +287,11 @@ class _Sweep:
             self._correct_bias(place, (wanted - found).reshape(-1))
 
     def _round(self, weight: NDArray[np.float64], moments: Moments, bits: int) -> Rounded:
-        damping = self.params.damping
-        feedback = factor(moments.second, damping=damping)
         target = weight
         if self.params.asymmetric and moments.cross is not None and moments.cross.any():
             ridge = np.minimum(RIDGE + NOISE_RIDGE * moments.shrinkage, 1.0)
             target = corrected_target(weight, moments.second, moments.cross, ridge=ridge)
-        return round_layer(target, feedback, bits)
+        return round_layer(target, factor(moments.second, damping=self.params.damping), bits)
 
     def _correct_bias(self, node: onnx.NodeProto, shift: NDArray[np.float64]) -> None:
         """Add `shift`, one number a channel, to the node's bias; give it one where it has none and needs one."""
