@@ -61,6 +61,10 @@ def build(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say of each candidate why it was taken, dropped or not tried.")
     ] = False,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write an HTML page: the front, all candidates, sensitivity, gates."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what may be tried, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -75,6 +79,7 @@ def build(
       edgepack build --target rpi4
       edgepack build --target rpi4 --target x86-avx512 --target intel-npu --json
       edgepack build --target rpi5 --objective latency --device ssh://pi@raspberrypi.local --explain
+      edgepack build --target rpi4 --objective size --report report.html
       edgepack build other.onnx --target ./my-board.toml --os debian-13 --dry-run
     """
     from edgepack.build.build import BuildOptions, plan_all
@@ -101,6 +106,10 @@ def build(
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     if device not in (None, "none", "local") and len(names) > 1:
         raise UsageError(f"--device {device}: judges one target; give one --target, not {len(names)}")
+    if report_file is not None:
+        from edgepack.report.svg import require_plotting
+
+        require_plotting()
     bench = Workbench(store=store, say=say)
     with _device(device, inventory) as transport:
         from edgepack.bench.install import ROOT
@@ -123,6 +132,12 @@ def build(
             document = build_document(report)
             pages = [build_table(report)] if report.built else []
             text = "\n".join([*pages, *(explain_page(each) for each in report.evidence if explain)])
+    if report_file is not None and not dry_run:
+        from edgepack.report.page import build_page
+        from edgepack.store import write_atomic
+
+        write_atomic(report_file, build_page(report.evidence).encode())
+        say(f"wrote {report_file}")
     if as_json:
         show_json(document)
     elif text:
