@@ -69,8 +69,8 @@ class Candidate:
         cost = max(self.cost(objective, baseline_bytes), 1e-9)
         return round(math.log(cost) / SAME_COST), self.foreseen_worst
 
-    def to_json(self, front: bool) -> dict[str, Json]:
-        """One of `candidates` in the evidence (docs/json.md)."""
+    def to_json(self, front: bool, where: str) -> dict[str, Json]:
+        """One of `candidates` in the evidence (docs/json.md); `where` it was timed."""
         verdict = self.selection
         return {
             "name": self.name,
@@ -94,7 +94,7 @@ class Candidate:
                 each.name: {"cosine": each.cosine, "sqnr_db": each.sqnr_db, "kl": each.kl_nats}
                 for each in self.drift.outputs
             },
-            "speed": None if self.speed is None else speed_json(self.speed),
+            "speed": None if self.speed is None else speed_json(self.speed) | {"where": where},
             "outcome": self.outcome,
             "reason": self.reason,
             "front": front,

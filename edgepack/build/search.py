@@ -79,7 +79,7 @@ class Found:
     def evidence(self, setting: Setting) -> dict[str, Json]:
         """As JSON (docs/json.md), without the gate, which comes after."""
         front = pareto_front(self.candidates, setting.baseline_bytes)
-        target = self.chosen.plan.target
+        target, where = self.chosen.plan.target, setting.judge.arena.where
         return {
             "schema": 1,
             "name": setting.judge.opened.project.name,
@@ -91,7 +91,7 @@ class Found:
                 "gate": setting.gate_samples,
             },
             "baseline": {"bytes": setting.baseline_bytes},
-            "candidates": [each.to_json(each.name in front) for each in self.candidates],
+            "candidates": [each.to_json(each.name in front, where) for each in self.candidates],
             "sensitivity": [each.to_json() for each in self.sensitivity],
         }
 

@@ -73,7 +73,7 @@ def test_the_quick_commands_print_what_is_documented(tmp_path: Path, capsys: pyt
 
 def test_a_dry_run_prints_what_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "build", "-p", str(EXAMPLE / "edgepack.toml"), "-t", "rpi4", "--dry-run")
-    (plan,) = found["plans"]
+    plan = found["plans"][0]
     assert set(found) == {"plans", "failures"}
     assert set(plan) == documented("build")["--dry-run"]
     assert all(set(step) == {"pass", "why", "params", "key"} for step in plan["steps"])
