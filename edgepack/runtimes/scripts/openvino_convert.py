@@ -41,8 +41,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+Fields = dict[str, dict[str, tuple[type, object]]]
+"""Verb -> field -> its type and default."""
+Verbs = dict[str, Callable[[dict[str, Any]], dict[str, object]]]
+
 REQUIRED = object()
-FIELDS: dict[str, dict[str, tuple[type, object]]] = {
+FIELDS: Fields = {
     "convert": {
         "lib": (str, REQUIRED),
         "model": (str, REQUIRED),
@@ -81,37 +85,37 @@ class Failure(Exception):
 
 
 # ---------------------------------------------------------------- request and answer
-def main() -> None:
-    """Serve the one request on stdin."""
+def main(fields: Fields, verbs: Verbs) -> None:
+    """Serve the one request on stdin; openvino_npu.py does so with verbs of its own."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # C++ prints too
         sys.stdout = sys.stderr
-        json.dump(answer_to(sys.stdin.buffer.read()), answers)
+        json.dump(answer_to(sys.stdin.buffer.read(), fields, verbs), answers)
         answers.write("\n")
 
 
-def answer_to(text: bytes) -> dict[str, object]:
+def answer_to(text: bytes, fields: Fields, verbs: Verbs) -> dict[str, object]:
     try:
-        verb, request = parse(text)
+        verb, request = parse(text, fields)
         use_libraries(request["lib"])
-        return {"ok": True, "result": VERBS[verb](request)}
+        return {"ok": True, "result": verbs[verb](request)}
     except Failure as failure:
         return {"ok": False, "error": {"kind": failure.kind, "message": str(failure)}}
     except Exception as error:  # noqa: BLE001  # the last seam: whoever asked must get an answer
         return {"ok": False, "error": {"kind": "internal", "message": described(error)}}
 
 
-def parse(text: bytes) -> tuple[str, dict[str, Any]]:
+def parse(text: bytes, known: Fields) -> tuple[str, dict[str, Any]]:
     """The verb and its fields, each of the right type and with its default."""
     try:
         request = json.loads(text)
     except ValueError as error:
         raise Failure("bad-request", f"request is not JSON: {error}") from error
-    if not isinstance(request, dict) or request.get("verb") not in tuple(FIELDS):  # may be unhashable
+    if not isinstance(request, dict) or request.get("verb") not in tuple(known):  # may be unhashable
         found = request.get("verb") if isinstance(request, dict) else request
-        raise Failure("bad-request", f"verb is {found!r}; expected one of {', '.join(FIELDS)}")
+        raise Failure("bad-request", f"verb is {found!r}; expected one of {', '.join(known)}")
     verb = request.pop("verb")
-    fields = FIELDS[verb]
+    fields = known[verb]
     for key in request.keys() - fields.keys():
         raise Failure("bad-request", f"{verb}: unknown field {key!r}; known: {', '.join(fields)}")
     return verb, {key: checked(verb, key, request.get(key, default), kind) for key, (kind, default) in fields.items()}
@@ -295,7 +299,7 @@ def quantise(request: dict[str, Any]) -> dict[str, object]:
     }
 
 
-VERBS: dict[str, Callable[[dict[str, Any]], dict[str, object]]] = {
+VERBS: Verbs = {
     "convert": convert,
     "quantise": quantise,
     "describe": describe,
@@ -375,4 +379,4 @@ def operators(model: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    main(FIELDS, VERBS)
