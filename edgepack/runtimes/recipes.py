@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgepack.errors import UnsupportedError
+from edgepack.runtimes.npu_compiler import WITHOUT
 from edgepack.spec.project import Objective
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -102,19 +103,24 @@ def runtime_of(target: Target) -> str:
     )
 
 
-def baseline_recipe(target: Target) -> Recipe:
-    """The fp32 model in the runtime that ships: what candidates are compared with. Raises UnsupportedError."""
+def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
+    """The fp32 model in the runtime that ships: what candidates are compared with. Raises UnsupportedError.
+
+    `npu_compiler`: whether this machine can compile for an NPU; if not, the bundle carries no blob, and says so.
+    """
     if runtime_of(target) == "onnxruntime":
         return _onnxruntime("fp32", "the model as it is", "fp32", ())
-    return _openvino(target, "fp32", "the model as it is", "fp32", ())
+    return _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
 
 
-def proposals(target: Target, objective: Objective) -> tuple[Recipe, ...]:
-    """What a search may try, in this order; sensitivity adds mixed precision later. Raises UnsupportedError."""
+def proposals(target: Target, objective: Objective, *, npu_compiler: bool = False) -> tuple[Recipe, ...]:
+    """What a search may try, in this order; sensitivity adds mixed precision later. Raises UnsupportedError.
+
+    `npu_compiler` as of `baseline_recipe`.
+    """
     if runtime_of(target) == "openvino":
-        return (
-            _openvino(target, "int8", "weights and activations in int8 (NNCF)", "int8", (Use(name="quantise-nncf"),)),
-        )
+        why, nncf = "weights and activations in int8 (NNCF)", (Use(name="quantise-nncf"),)
+        return (_openvino(target, "int8", why, "int8", nncf, npu_compiler=npu_compiler),)
     known = _static_recipes(target)
     chosen = [known[name] for name in STATIC_ORDER[objective]]
     if target.numerics.saturates:
@@ -194,17 +200,26 @@ def _onnxruntime(name: str, why: str, precision: Precision, passes: tuple[Use, .
     )
 
 
-def _openvino(target: Target, name: str, why: str, precision: Precision, passes: tuple[Use, ...]) -> Recipe:
+def _openvino(
+    target: Target,
+    name: str,
+    why: str,
+    precision: Precision,
+    passes: tuple[Use, ...],
+    *,
+    npu_compiler: bool,
+) -> Recipe:
     npu = target.accelerator is not None and target.accelerator.kind == "npu"
+    compiled = (Use(name="compile-npu"),) if npu and npu_compiler else ()
     return Recipe(
         name=name,
         why=why,
         runtime="openvino",
         precision=precision,
-        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes),
+        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled),
         model_format="openvino-ir",
         device_options=OPENVINO_NPU if npu else OPENVINO_CPU,
         judge_options=OPENVINO_CPU,
         judged_on="CPU plugin",
-        note=NPU_NOTE if npu else None,
+        note=None if not npu else NPU_NOTE if npu_compiler else f"{NPU_NOTE}; {WITHOUT}",
     )
