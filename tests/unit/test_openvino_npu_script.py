@@ -49,7 +49,7 @@ class Bench:
         }
         request |= {"output": str(self.output), **more}
         if request["verb"] == "check":
-            request = {key: request[key] for key in ("verb", "lib", "model")}
+            request = {key: request[key] for key in ("verb", "lib", "model", "platform")}
         argv = [sys.executable, "-I", "-S", str(SCRIPT)]
         done = subprocess.run(argv, input=json.dumps(request).encode(), capture_output=True, check=True, timeout=120)
         answer = json.loads(done.stdout)
@@ -133,6 +133,52 @@ def test_a_compiler_that_hangs_is_ended(bench: Bench) -> None:
     begin = time.monotonic()
     message = bench.refusal("runtime", wine=bench.wine("exec sleep 600"), timeout_s=1)
     assert "no end within 1 s" in message and time.monotonic() - begin < 60
+
+
+IR = """
+import sys
+lib, path, expression = sys.argv[1:]
+sys.path.insert(0, lib)
+import numpy as np, openvino as ov
+from openvino import opset15 as o
+x = o.parameter([1, 4, 8, 8], name="x")
+node = eval(expression)
+node.set_friendly_name("it")
+ov.save_model(ov.Model([o.result(node)], [x], "small"), path)
+"""
+
+
+@pytest.mark.parametrize(
+    ("expression", "platform", "says"),
+    [
+        ("o.tan(x)", "4000", "Tan 'it': the compiler for 4000 has no such operator"),
+        ("o.tan(x)", "5010", None),
+        ("o.unique(x)", "5010", "Unique 'it': the compiler for 5010 has no such operator"),
+        ("o.non_zero(x)", "4000", "NonZero 'it': shape [4,..256]; expected a fixed one"),
+        ("o.convert(x, 'u64')", "4000", "Result '"),
+        (
+            "o.reshape(x, np.array([1, 1, 2, 2, 8, 8]), False)",
+            "4000",
+            "6 dimensions, [1,1,2,2,8,8]; expected at most 5",
+        ),
+        ("o.relu(x)", "4000", None),
+    ],
+)
+def test_what_an_npu_cannot_take_is_named_before_the_compiler_is_called(
+    bench: Bench, expression: str, platform: str, says: str | None
+) -> None:
+    path = bench.folder / "one.xml"
+    argv = [sys.executable, "-I", "-S", "-c", IR, lib_folder("openvino"), str(path), expression]
+    subprocess.run(argv, check=True, timeout=60)
+    found = bench.ask(verb="check", model=str(path), platform=platform)["result"]["unsupported"]
+    assert bool(found) == (says is not None), found
+    if says is not None:
+        assert any(says in line for line in found), found
+        called = bench.folder / "called"
+        wine = bench.wine(f"touch {called}")
+        message = bench.refusal("unsupported", model=str(path), platform=platform, wine=wine)
+        assert "an Intel NPU cannot take" in message and says in message
+        assert not called.exists()
 
 
 def test_a_zig_that_builds_nothing_is_named(bench: Bench) -> None:
