@@ -84,8 +84,8 @@ class RuntimeSession:
                 for index in range(len(chunk)):
                     yield {name: array[index] for name, array in outputs.items()}
 
-    def kernels(self, files: Mapping[str, Path]) -> Kernels:
-        """Which kernels the runtime runs the model with, on this machine. Raises as `run` does.
+    def kernels(self, files: Mapping[str, Path | str]) -> Kernels:
+        """Which kernels the runtime runs the model with, where this session runs. Raises as `run` does.
 
         UnsupportedError: this runtime does not say.
         """
@@ -96,7 +96,7 @@ class RuntimeSession:
                 raise UnsupportedError(str(error)) from error
             raise self._explained(error) from error
 
-    def _model(self, files: Mapping[str, Path]) -> ModelRef:
+    def _model(self, files: Mapping[str, Path | str]) -> ModelRef:
         return ModelRef(
             runtime=self._runtime,
             lib=str(self._lib),

@@ -73,6 +73,9 @@ def test_nncf_gets_the_calibration_samples_and_the_targets_numerics(tmp_path: Pa
     assert converter.asked == [NNCF_SAMPLES]
     assert request["feeds"] == ["0.npz", "1.npz"]
     assert request["verb"] == "quantise" and request["target_device"] == "NPU"
+    ignored = request["ignored_types"]
+    assert isinstance(ignored, list) and {"LSTMSequence", "GRUSequence", "TensorIterator"} <= set(map(str, ignored))
+    assert request["keep_squares"] is True
 
 
 def test_weights_are_halved_where_products_saturate() -> None:

@@ -9,8 +9,9 @@ Requests, `?` marks what may be left out:
 - `{verb: "convert", lib, model: .onnx, output: folder, compress_to_fp16?: false}`
 - `{verb: "quantise", lib, model: .xml or .onnx, output: folder, feeds: [.npz, each one run of the model],
    preset?: "performance" | "mixed", target_device?: "CPU" | "NPU", subset_size?: 300, ignored_types?: [],
-   half_range_weights?: "first-layer" | "all" | "none"}`: symmetric activations or ("mixed") asymmetric ones;
-  types as OpenVINO names them ("Convolution"); half range = 7-bit weights, for products that saturate int16
+   keep_squares?: false, half_range_weights?: "first-layer" | "all" | "none"}`: symmetric activations or ("mixed")
+  asymmetric ones; types as OpenVINO names them ("Convolution"); half range = 7-bit weights, for products that
+  saturate int16; keep squares = leave squares, their sums and roots in float (see sums_of_squares)
 - `{verb: "describe", lib, model: .xml or .onnx}`
 
 Answers: `{ok: true, result: {...}}`, or `{ok: false, error: {kind, message}}` with kind `bad-request` (the
@@ -19,7 +20,8 @@ take: the operator or the dimension is named), `storage` (the output cannot be w
 `runtime` (a library failed) or `internal` (a defect here).
 Each result has `inputs` and `outputs`: [{name, names, dtype, shape}], null for a free dimension,
 `operators`: {type: count}, `versions`: {openvino, nncf}. Convert and quantise add
-`files: {model, weights}`; quantise adds `samples` (feeds used), `ignored`: {type: count} and `warnings`.
+`files: {model, weights}`; quantise adds `samples` (feeds used), `ignored`: {type: count}, `kept`: [name of an
+operator that keep_squares left in float] and `warnings`.
 
 The same request gives the same bytes: no path or time stays in the files, and one thread computes, so that
 sums are added in one order however many processors there are.
@@ -62,6 +64,7 @@ FIELDS: Fields = {
         "target_device": (str, "CPU"),
         "subset_size": (int, 300),
         "ignored_types": (list, ()),
+        "keep_squares": (bool, False),
         "half_range_weights": (str, "first-layer"),
     },
     "describe": {"lib": (str, REQUIRED), "model": (str, REQUIRED)},
@@ -276,6 +279,7 @@ def quantise(request: dict[str, Any]) -> dict[str, object]:
         # NNCF names new layers after old ones, so those need their stable names already.
         with tempfile.TemporaryDirectory() as scratch:
             model = read_model(Path(write_model(model, Path(scratch), compress_to_fp16=False)["model"]))
+    kept = sums_of_squares(model) if request["keep_squares"] else []
     with failing_as("runtime", f"{path}: NNCF failed"):
         quantised = nncf.quantize(
             model,
@@ -283,7 +287,7 @@ def quantise(request: dict[str, Any]) -> dict[str, object]:
             preset=nncf.QuantizationPreset(request["preset"]),
             target_device=nncf.TargetDevice(request["target_device"]),
             subset_size=request["subset_size"],
-            ignored_scope=nncf.IgnoredScope(types=list(request["ignored_types"]), validate=False),
+            ignored_scope=nncf.IgnoredScope(names=kept, types=list(request["ignored_types"]), validate=False),
             advanced_parameters=AdvancedQuantizationParameters(
                 overflow_fix=OverflowFix[OVERFLOW_FIX[request["half_range_weights"]]]
             ),
@@ -294,9 +298,35 @@ def quantise(request: dict[str, Any]) -> dict[str, object]:
         "files": write_model(quantised, Path(request["output"]), compress_to_fp16=False),
         "samples": min(len(feeds), request["subset_size"]),
         "ignored": {kind: before.get(kind, 0) for kind in request["ignored_types"]},
+        "kept": kept,
         "warnings": warnings,
         **description(quantised),
     }
+
+
+def sums_of_squares(model: Any) -> list[str]:
+    """Names of squares, of sums of squares and of what is taken of them: |STFT|, norms, variances.
+
+    A square has twice the range of its root in decibels: of 8 bits nothing is left for what is quiet. On a
+    spectrogram (silero VAD) it cost 2.5 points of 97.2; with these in float 0.2.
+    """
+    found: dict[str, None] = {}
+    for node in model.get_ordered_ops():
+        kind, sources = node.get_type_name(), [port.get_node() for port in node.input_values()]
+        square = (kind == "Power" and is_two(sources[1])) or (
+            kind == "Multiply" and node.input_value(0) == node.input_value(1)
+        )
+        follows = kind in FOLLOWING_SQUARES and any(each.get_friendly_name() in found for each in sources)
+        if square or follows:
+            found[node.get_friendly_name()] = None
+    return list(found)
+
+
+FOLLOWING_SQUARES = ("Add", "ReduceSum", "ReduceMean", "Sqrt", "Log", "Maximum", "Clamp")
+
+
+def is_two(node: Any) -> bool:
+    return bool(node.get_type_name() == "Constant" and (node.data == 2).all())
 
 
 VERBS: Verbs = {
