@@ -40,7 +40,7 @@ from edgepack.passes import PASSES
 from edgepack.passes.contract import PassDefect, read_onnx
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.npu_compiler import has_npu_compiler
-from edgepack.runtimes.recipes import Recipe, Use, baseline_recipe, proposals
+from edgepack.runtimes.recipes import Recipe, Use, baseline_recipe, proposals, runtime_of
 from edgepack.spec.project import Objective
 from edgepack.spec.target import System, Target, load_target
 from edgepack.spec.toolchain import Pin, load_toolchain
@@ -214,9 +214,19 @@ class _Job:
         return plan_for(self.opened, self.target, system, recipe, self.bench)
 
     def plans(self) -> list[BuildPlan]:
-        """Of all proposals; one alone where but one evaluation is allowed. Raises UnsupportedError."""
-        search = self.opened.project.search
-        return [self.plan(each) for each in self._proposals(search.objective)[: search.evaluations]]
+        """Of all proposals; one alone where but one evaluation is allowed. Raises UnsupportedError.
+
+        A proposal in another runtime than the target's first is left out where that has no wheels for the system.
+        """
+        search, main = self.opened.project.search, runtime_of(self.target)
+        plans = []
+        for recipe in self._proposals(search.objective)[: search.evaluations]:
+            try:
+                plans.append(self.plan(recipe))
+            except UnsupportedError:
+                if recipe.runtime == main:
+                    raise
+        return plans
 
     def baseline(self) -> Recipe:
         return baseline_recipe(self.target, npu_compiler=self._npu_compiler())
@@ -321,8 +331,9 @@ class _Job:
         assert chosen.record is not None
         made = Made(plan=chosen.plan, record=chosen.record)
         verdict = judge.gate(made, gates)
-        self.evidence |= {"gate": verdict, "robustness": None, "speed": found.speed}
+        self.evidence |= {"gate": verdict, "robustness": None, "speed": found.speed, "kernels": None}
         raise_for(verdict_from(verdict))
+        self.evidence |= {"kernels": judge.kernels(made)}
         robustness = judge.robustness(made, gates)
         self.evidence |= {"robustness": robustness}
         if robustness is not None:

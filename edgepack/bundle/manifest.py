@@ -86,7 +86,7 @@ class ModelPart(Part):
     files: dict[str, str]
     """Path in the bundle by role: `model`, `weights` where the format keeps them apart, `blob` for an NPU."""
     format: Literal["onnx", "openvino-ir"]
-    precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "fp32"]
+    precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
     """`-weights`: stored so, computed in float32."""
     candidate: str
     """Of those that the search tried (evidence.json): `int8`, `int8-w4`."""

@@ -74,13 +74,8 @@ def test_a_compiler_in_the_linux_package_needs_no_wine(tmp_path: Path, monkeypat
 
 def test_without_a_compiler_the_recipe_has_no_blob_and_says_how_to_get_one() -> None:
     target = load_target("intel-npu-4000")
-    int8, fp32 = (
-        [make(each) for each in (False, True)]
-        for make in (
-            lambda each: proposals(target, "latency", npu_compiler=each)[0],
-            lambda each: baseline_recipe(target, npu_compiler=each),
-        )
-    )
+    int8 = [proposals(target, "latency", npu_compiler=each)[0] for each in (False, True)]
+    fp32 = [baseline_recipe(target, npu_compiler=each) for each in (False, True)]
     for plain, compiled in (int8, fp32):
         assert [use.name for use in compiled.passes] == [*(use.name for use in plain.passes), "compile-npu"]
         assert plain.note is not None and "no blob" in plain.note and "apt-get install wine64" in plain.note
