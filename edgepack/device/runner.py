@@ -545,13 +545,15 @@ CARRIERS = {
 
 
 def quantised_products(network: Any) -> List[Dict[str, str]]:
-    """Those whose two operands are quantised, by way of CARRIERS: from a FakeQuantize, or a constant of 8 bits."""
+    """Those whose two operands are quantised, by way of CARRIERS: FakeQuantize of 256 levels, or an 8-bit constant."""
 
     def is_quantised(node: Any) -> bool:
         kind = node.get_type_name()
         if kind == "Constant":
             return node.get_element_type().get_type_name() in ("i8", "u8")
-        return kind == "FakeQuantize" or (kind in CARRIERS and is_quantised(node.input_value(0).get_node()))
+        if kind == "FakeQuantize":
+            return int(node.get_attributes()["levels"]) <= 256
+        return kind in CARRIERS and is_quantised(node.input_value(0).get_node())
 
     products = [node for node in network.get_ordered_ops() if node.get_type_name() in PRODUCTS]
     return [

@@ -21,6 +21,7 @@ import pytest
 
 from edgepack.errors import DeviceError
 from edgepack.graph.npz import npz_bytes
+from edgepack.judge.kernels import downgrades
 from edgepack.protocol import RUNNER_PATH, BenchOrder, Loaded, ModelRef, RunnerClient, RunnerError
 from tests.support.npu import export_blob, stand_in_for_an_npu
 from tests.support.runtime import expected, feeds, lib_folder, model_ref, save_ir, save_model, start_runner
@@ -572,3 +573,38 @@ def test_openvino_names_the_kernel_of_each_node_and_the_layers_that_it_stands_fo
     (node,) = [node for node in found.nodes if node.type in ("FullyConnected", "MatMul")]
     assert node.precision == "f32" and node.kernel.endswith("f32")
     assert "file" in node.layers  # the Relu, fused into it, gives the output
+
+
+# A convolution whose activations are quantised with one range a tensor, or one a channel.
+QUANTISED_IR = """
+import sys
+lib, path, ranges = sys.argv[1:]
+sys.path.insert(0, lib)
+import numpy as np, openvino as ov
+from openvino import opset15 as o
+rng = np.random.default_rng(3)
+x = o.parameter([1, 4, 16, 16], name="x")
+high = np.full((1, 4, 1, 1), 3.0, np.float32) if ranges == "tensor" else np.float32([1, 2, 4, 8]).reshape(1, 4, 1, 1)
+high = high[:, :1] if ranges == "tensor" else high
+act = o.fake_quantize(x, -high, high, -high, high, 256)
+weights = o.constant(rng.integers(-127, 128, (16, 4, 3, 3)).astype(np.int8))
+scaled = o.multiply(o.convert(weights, "f32"), o.constant(np.full((16, 1, 1, 1), 0.01, np.float32)))
+conv = o.convolution(act, scaled, [1, 1], [1, 1], [1, 1], [1, 1], name="conv")
+conv.set_friendly_name("conv")
+ov.save_model(ov.Model([o.result(o.relu(conv))], [x], "one"), path, compress_to_fp16=False)
+"""
+
+
+@pytest.mark.parametrize(("ranges", "downgraded"), [("tensor", 0), ("channel", 1)])
+def test_a_quantised_product_that_openvino_computes_in_float_is_found(
+    runner: RunnerClient, tmp_path: Path, ranges: str, downgraded: int
+) -> None:
+    """Ranges by channel cannot be taken out of the sum over channels, so no integer kernel is used."""
+    path = tmp_path / "q.xml"
+    argv = [sys.executable, "-I", "-S", "-c", QUANTISED_IR, lib_folder("openvino"), str(path), ranges]
+    subprocess.run(argv, check=True, timeout=60)
+    found = runner.kernels(model_ref(path, "openvino"))
+    assert [(each.name, each.type) for each in found.quantised] == [("conv", "Convolution")]
+    lines = [str(each) for each in downgrades(found)]
+    assert len(lines) == downgraded
+    assert all(line.startswith("Convolution conv: planned in int8, runs in f32 (") for line in lines)
