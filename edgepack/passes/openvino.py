@@ -91,6 +91,7 @@ class CompileNpu:
     toolchain: ClassVar[str | None] = "openvino-npu"
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
+    technique: ClassVar[tuple[str, ...]] = ()
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         if target.accelerator is None:
