@@ -61,7 +61,7 @@ def test_the_bundle_holds_a_blob_for_its_platform_and_the_ir(
 
 
 def test_two_builds_of_one_model_give_the_same_bundle_byte_for_byte(built: tuple[Path, Path], tmp_path: Path) -> None:
-    project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "cache")
+    project, cache = example(tmp_path / "project"), clean_cache(tmp_path / "a cache of M\u00fcller's")
     done = edgepack("build", "-t", "intel-npu-4000", "--json", cwd=project, cache=cache, timeout_s=900)
     assert done.exit_code == 0, done.stderr
     assert "compile-npu" in done.stderr

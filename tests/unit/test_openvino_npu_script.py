@@ -124,6 +124,11 @@ def test_a_platform_that_the_compiler_does_not_know_is_refused(bench: Bench) -> 
     assert "does not know the platform 9999" in bench.refusal("unsupported", wine=bench.wine(does), platform="9999")
 
 
+def test_a_failure_before_compiling_is_no_word_on_the_model(bench: Bench) -> None:
+    does = "echo 'failed load: openvino_c.dll cannot be loaded'; exit 1"
+    assert "the NPU compiler failed: load: openvino_c.dll" in bench.refusal("runtime", wine=bench.wine(does))
+
+
 @pytest.mark.parametrize("does", ["exit 3", "kill -SEGV $$", "echo done", "echo 'version 1'; echo nonsense"])
 def test_a_compiler_that_crashes_or_writes_nothing_is_an_error_and_leaves_nothing(bench: Bench, does: str) -> None:
     assert "ended without a word" in bench.refusal("runtime", wine=bench.wine(does))

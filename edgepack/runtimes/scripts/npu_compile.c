@@ -26,7 +26,7 @@ IMPORT void *__stdcall GetProcAddress(void *, const char *);
 
 #define STANDARD_OUTPUT ((u32)-11)
 #define LOAD_WITH_ALTERED_SEARCH_PATH 8u /* what the DLL needs is looked for where the DLL is */
-#define MAX_WORDS 8
+#define WORDS 4 /* the program's own name comes first, as a path that may hold blanks */
 #define MAX_PATH_UNITS 4096
 
 struct version { const char *build, *description; };
@@ -74,14 +74,16 @@ static void check(const char *step, int status) {
     fail(step, reason && *reason ? reason : general(status));
 }
 
+/* The last WORDS words of a text, which it cuts up; gives how many there are. */
 static int split(char *text, char **words) {
-    int count = 0;
-    while (*text && count < MAX_WORDS) {
-        while (*text == ' ') *text++ = 0;
-        if (*text) words[count++] = text;
-        while (*text && *text != ' ') text++;
+    int found = 0;
+    char *at = text + length(text);
+    while (at > text && found < WORDS) {
+        while (at > text && at[-1] == ' ') *--at = 0;
+        while (at > text && at[-1] != ' ') at--;
+        if (*at) words[WORDS - ++found] = at;
     }
-    return count;
+    return found;
 }
 
 static void load(const char *folder) {
@@ -121,10 +123,10 @@ static void compile(const char *platform, const char *model_path, const char *bl
 }
 
 void start(void) {
-    char *words[MAX_WORDS];
-    if (split(GetCommandLineA(), words) != 5) fail("start", "expected PLATFORM LIBS MODEL BLOB");
-    load(words[2]);
-    compile(words[1], words[3], words[4]);
+    char *words[WORDS];
+    if (split(GetCommandLineA(), words) != WORDS) fail("start", "expected PLATFORM LIBS MODEL BLOB");
+    load(words[1]);
+    compile(words[0], words[2], words[3]);
     say("done\n");
     ExitProcess(0); /* at once: unloading the compiler takes longer and gives nothing */
 }

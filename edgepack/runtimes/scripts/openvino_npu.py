@@ -129,14 +129,16 @@ def compile_blob(request: dict[str, Any]) -> dict[str, object]:
     names = {"model": "model.xml", "weights": "model.bin", "blob": "model.blob"}
     with base.failing_as("storage", f"{output}: cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=output) as scratch:
+        # OpenVINO for Windows reads the path of its own DLLs in the old code page: only ASCII comes through.
+        where = output if str(output.resolve()).isascii() else None
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=where) as scratch:
             shutil.copyfile(path, Path(scratch, "model.xml"))
             shutil.copyfile(path.with_suffix(".bin"), Path(scratch, "model.bin"))
             begin = time.monotonic()
             facts = with_native(request, model, scratch) or in_wine(request, Path(scratch))
             facts["seconds"] = round(time.monotonic() - begin, 3)
             for name in names.values():
-                Path(scratch, name).replace(output / name)
+                shutil.move(Path(scratch, name), output / name)
     return {"files": {role: str(output / name) for role, name in names.items()}, **facts}
 
 
@@ -254,6 +256,8 @@ def explained(said: str, platform: str) -> tuple[str, str]:
     text = " ".join(told) or lines[place]
     if "Unknown value for platform" in text:
         return "unsupported", f"the NPU compiler does not know the platform {platform}"
+    if not lines[place].startswith("failed compile:"):
+        return "runtime", f"the NPU compiler failed: {text[-1500:]}"
     return "unsupported", f"the NPU compiler cannot take the model for platform {platform}: {text[-1500:]}"
 
 
