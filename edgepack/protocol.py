@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 
@@ -43,7 +43,7 @@ class ModelRef:
     lib: str
     """The folder with the runtime's unpacked wheels; every model of one runner has the same."""
     files: Mapping[str, str]
-    """`model`, and `weights` where the format has a second file."""
+    """`model`, `weights` where the format has a second file, `blob` where one was compiled for an NPU."""
     options: Mapping[str, object] = field(default_factory=dict)
     threads: int = 1
 
@@ -89,9 +89,51 @@ class Installed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a runner loaded, where there is a choice."""
+
+    source: Literal["model", "blob"]
+    note: str | None
+    """Why it was not the blob, where the model has one and the device is an NPU."""
+    driver: str | None
+    """Version of the NPU's driver; None on other devices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inferred:
     count: int
     elapsed_ns: tuple[int, ...]
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One node of a runtime's execution graph, in the runtime's own words."""
+
+    name: str
+    type: str
+    precision: str
+    """Of its first input: "u8", "i8", "f32", "bf16"."""
+    kernel: str
+    """`brgconv_avx512_I8`."""
+    layers: tuple[str, ...]
+    """The model's operators that it stands for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A convolution or matrix product of the model."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    nodes: tuple[Kernel, ...]
+    quantised: tuple[Product, ...]
+    """Products that the model means to be computed in integers."""
+    loaded: Loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +152,7 @@ class OutputHealth:
 class Health:
     passed: bool
     outputs: Mapping[str, OutputHealth]
+    loaded: Loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +184,7 @@ class Measured:
     """What `bench` gives: raw values, no conclusions."""
 
     fresh: bool
+    loaded: Loaded
     import_ns: int
     load_ns: int
     first_ns: int
@@ -224,6 +268,10 @@ class RunnerClient:
         """Run `count` feeds stacked in one .npz ([count, ...one feed...]); outputs are stacked the same way."""
         request = {"model": asdict(model), "batch": batch, "count": count, "output": output, "fetch": _listed(fetch)}
         return self._ask("infer", request, Inferred, LOAD_TIMEOUT_S + timeout_s)
+
+    def kernels(self, model: ModelRef) -> Kernels:
+        """Which kernels the runtime runs the model with. Raises RunnerError (bad-request) for one that does not say."""
+        return self._ask("kernels", {"model": asdict(model)}, Kernels, LOAD_TIMEOUT_S)
 
     def health(self, model: ModelRef, inputs: str, outputs: str, min_sqnr_db: float) -> Health:
         """Run the golden inputs and compare with the golden outputs; a failed check is a result, not an error."""

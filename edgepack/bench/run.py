@@ -19,7 +19,7 @@ from edgepack.bench.result import BenchmarkResult, BundleRef
 from edgepack.bench.verdict import EMULATED, judge
 from edgepack.bundle.bundle import Bundle
 from edgepack.errors import DeviceError
-from edgepack.protocol import BenchOrder, Health, Installed, ModelRef, RunnerClient
+from edgepack.protocol import BenchOrder, Health, Installed, Loaded, ModelRef, RunnerClient
 from edgepack.transports.base import Transport
 
 EMULATED_PATIENCE = 20.0
@@ -65,6 +65,7 @@ def benchmark(
         model = _model(bundle, installed, manifest.bench.threads if threads is None else threads)
         health = _check_health(bundle, transport, runner, model, installed)
         say(f"healthy: {_worst(health)}")
+        notes += _how_loaded(health.loaded)
     measured = None
     if not transport.emulated:
         order = _order(bundle, machine, warmup=warmup, runs=runs, seconds=seconds)
@@ -90,6 +91,13 @@ def benchmark(
         notes=notes,
         budget=manifest.budget,
     )
+
+
+def _how_loaded(loaded: Loaded) -> tuple[str, ...]:
+    """What a reader of the result must know: another model than the blob ran, or which driver took it."""
+    if loaded.note is not None:
+        return (loaded.note,)
+    return (f"the NPU's driver {loaded.driver or '(of an unknown version)'} took the blob",) * (loaded.source == "blob")
 
 
 def _start(transport: Transport, contact: Contact, place: Place) -> RunnerClient:

@@ -24,7 +24,7 @@ from edgepack.bundle.bundle import Bundle
 from edgepack.judge.compare import Run
 from edgepack.judge.saturation import SaturatingModel
 from edgepack.judge.session import Remote, RuntimeSession
-from edgepack.protocol import RUNNER_PATH, ModelRef, RunnerClient
+from edgepack.protocol import RUNNER_PATH, Kernels, ModelRef, RunnerClient
 from edgepack.spec.target import Target
 from edgepack.store import StepRecord, digest_json, storage_errors
 from edgepack.transports.base import Transport
@@ -55,6 +55,9 @@ class Arena(Protocol):
     def run(self, made: Made) -> AbstractContextManager[Run]:
         """The candidate as a function over feeds, in the runtime that ships."""
 
+    def kernels(self, made: Made) -> Kernels:
+        """Which kernels run the candidate there. Raises UnsupportedError where its runtime does not say."""
+
     def speed(self, baseline: Made, candidate: Made, inputs: str) -> SpeedRatio:
         """Both timed in turns on the golden inputs whose blob is `inputs`."""
 
@@ -78,6 +81,14 @@ class Here:
                 return
             with bench.session(recipe.runtime, made.plan.runtime_version, recipe.judge_options) as session:
                 yield lambda feeds: session.run(files, feeds)
+
+    def kernels(self, made: Made) -> Kernels:
+        recipe, bench = made.plan.recipe, self.bench
+        with (
+            bench.store.workspace() as folder,
+            bench.session(recipe.runtime, made.plan.runtime_version, recipe.judge_options) as session,
+        ):
+            return session.kernels(model_files(made.record, bench.store, folder))
 
     def speed(self, baseline: Made, candidate: Made, inputs: str) -> SpeedRatio:
         with self.bench.store.workspace() as folder:
@@ -125,6 +136,15 @@ class OnDevice:
 
     @contextlib.contextmanager
     def run(self, made: Made) -> Iterator[Run]:
+        with self._session(made) as (session, model):
+            yield lambda feeds: session.run(dict(model.files), feeds)
+
+    def kernels(self, made: Made) -> Kernels:
+        with self._session(made) as (session, model):
+            return session.kernels(dict(model.files))
+
+    @contextlib.contextmanager
+    def _session(self, made: Made) -> Iterator[tuple[RuntimeSession, ModelRef]]:
         model = self._install(made)
         place = self._place
         assert place is not None
@@ -139,7 +159,7 @@ class OnDevice:
                 folder=here,
                 remote=Remote(transport=self.transport, folder=folder),
             )
-            yield lambda feeds: session.run(dict(model.files), feeds)
+            yield session, model
 
     def speed(self, baseline: Made, candidate: Made, inputs: str) -> SpeedRatio:
         first, second = self._install(baseline), self._install(candidate)

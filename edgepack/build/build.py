@@ -39,7 +39,9 @@ from edgepack.judge.split import split
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassDefect, read_onnx
 from edgepack.protocol import RUNNER_PATH
-from edgepack.runtimes.recipes import Recipe, Use, baseline_recipe, proposals
+from edgepack.runtimes.npu_compiler import has_npu_compiler
+from edgepack.runtimes.recipes import Recipe, Use, baseline_recipe, proposals, runtime_of
+from edgepack.spec.project import Objective
 from edgepack.spec.target import System, Target, load_target
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, digest_file, digest_json, storage_errors
@@ -145,7 +147,7 @@ def plan_all(
     for target in chosen:
         job = _Job(opened=opened, target=target, options=options, bench=bench)
         try:
-            plans += [*job.plans(), *([job.plan(baseline_recipe(target))] if options.baseline else [])]
+            plans += [*job.plans(), *([job.plan(job.baseline())] if options.baseline else [])]
         except EdgepackError as error:
             failed.append(Failed(target=target.name, error=error))
     return plans, BuildReport(built=(), failed=tuple(failed))
@@ -212,9 +214,28 @@ class _Job:
         return plan_for(self.opened, self.target, system, recipe, self.bench)
 
     def plans(self) -> list[BuildPlan]:
-        """Of all proposals; one alone where but one evaluation is allowed. Raises UnsupportedError."""
-        search = self.opened.project.search
-        return [self.plan(each) for each in proposals(self.target, search.objective)[: search.evaluations]]
+        """Of all proposals; one alone where but one evaluation is allowed. Raises UnsupportedError.
+
+        A proposal in another runtime than the target's first is left out where that has no wheels for the system.
+        """
+        search, main = self.opened.project.search, runtime_of(self.target)
+        plans = []
+        for recipe in self._proposals(search.objective)[: search.evaluations]:
+            try:
+                plans.append(self.plan(recipe))
+            except UnsupportedError:
+                if recipe.runtime == main:
+                    raise
+        return plans
+
+    def baseline(self) -> Recipe:
+        return baseline_recipe(self.target, npu_compiler=self._npu_compiler())
+
+    def _proposals(self, objective: Objective) -> tuple[Recipe, ...]:
+        return proposals(self.target, objective, npu_compiler=self._npu_compiler())
+
+    def _npu_compiler(self) -> bool:
+        return self.target.accelerator is not None and has_npu_compiler(self.bench.store.folder)
 
     def _path(self, infix: str) -> Path:
         return self.options.output / f"{self.opened.project.name}-{self.target.name}{infix}{SUFFIX}"
@@ -234,7 +255,7 @@ class _Job:
         return self._ship(shipment, path, key=key, candidate=candidate, lock=(lock, name), found=found)
 
     def _fp32(self) -> Built:
-        plan, path = self.plan(baseline_recipe(self.target)), self._path(".fp32")
+        plan, path = self.plan(self.baseline()), self._path(".fp32")
         lock, name = lock_path(self.options.project_file), self._lock_name(plan, " fp32")
         found = None if self.options.relock else read_lock(lock).get(name)
         locked = found if found is not None and found.search == plan.key else None
@@ -286,7 +307,7 @@ class _Job:
         """Find the best candidate and gate it, once, on samples that had no part in choosing it."""
         opened, search = self.opened, self.opened.project.search
         judge = Judge(opened=opened, bench=self.bench, arena=self._arena(), fresh=self.options.relock)
-        baseline = self._make(self.plan(baseline_recipe(self.target)))
+        baseline = self._make(self.plan(self.baseline()))
         chooses, gates = split(opened.evaluation, search.seed) if len(plans) > 1 else (None, opened.evaluation)
         setting = Setting(
             judge=judge,
@@ -310,8 +331,9 @@ class _Job:
         assert chosen.record is not None
         made = Made(plan=chosen.plan, record=chosen.record)
         verdict = judge.gate(made, gates)
-        self.evidence |= {"gate": verdict, "robustness": None, "speed": found.speed}
+        self.evidence |= {"gate": verdict, "robustness": None, "speed": found.speed, "kernels": None}
         raise_for(verdict_from(verdict))
+        self.evidence |= {"kernels": judge.kernels(made)}
         robustness = judge.robustness(made, gates)
         self.evidence |= {"robustness": robustness}
         if robustness is not None:

@@ -19,10 +19,21 @@ from edgepack.spec.target import Target
 
 GRAPH_SHARE = 0.6
 """Of the bytes that are no weights, how much store-narrow leaves: names shortened, 0.5 to 0.7 were seen."""
-STORED_BITS = {"int8": 8, "int8-dynamic": 8, "int8-weights": 8, "int4-weights": 5, "fp16-weights": 16, "fp32": 32}
-"""A weight as stored; int4's with its scales, one for a block of 32."""
+STORED_BITS = {
+    "int8": 8,
+    "int8-dynamic": 8,
+    "int8-weights": 8,
+    "int4-weights": 5,
+    "fp16-weights": 16,
+    "bf16": 32,
+    "fp16": 32,
+    "fp32": 32,
+}
+"""A weight as stored; int4's with its scales, one for a block of 32. bf16 and fp16: OpenVINO rounds at load."""
 PACKED_BITS = {2: 1.6, 3: 2.91, 4: 4.0}
 """Of GPTQ's weights as store-narrow packs them (passes/radix.py)."""
+OPENVINO_TIME = {"int8": 0.35, "bf16": 0.45, "fp16": 0.45, "fp32": 0.8}
+"""Of onnxruntime's float32, at best, on x86: int8 0.27 to 0.45 of five networks, bf16 0.43 to 0.56 (ADR 30)."""
 DYNAMIC_TIME = 0.65
 """Of a large product in float32: the table of passes/quantise_dynamic.py."""
 
@@ -101,6 +112,8 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
 
 
 def _time(recipe: Recipe, found: Profile, target: Target, left: object) -> float:
+    if recipe.runtime == "openvino" and target.accelerator is None:
+        return OPENVINO_TIME[recipe.precision] if found.macs else 1.0
     if recipe.precision not in ("int8", "int8-dynamic") or not found.macs:
         return 1.0
     if recipe.precision == "int8-dynamic":

@@ -22,6 +22,7 @@ from edgepack.graph.npz import npz_bytes
 from edgepack.judge.compare import Compared, Run, Watcher, compare
 from edgepack.judge.data_set import DataSet, Feed
 from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop
+from edgepack.judge.kernels import evidence
 from edgepack.judge.robustness import assess
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 from edgepack.store import Json, StepRecord, canonical_json, digest_json
@@ -149,6 +150,20 @@ class Judge:
                 known = StepRecord(files={}, facts=_FACTS.validate_json(_SPEED.dump_json(measured)))
                 self.bench.store.record(key, known)
         return _SPEED.validate_json(canonical_json(known.facts), strict=True)
+
+    def kernels(self, made: Made) -> dict[str, Json] | None:
+        """What runs the candidate where it was judged, and every operator that is not computed as planned.
+
+        None for a runtime that does not name its kernels, and for an NPU, which is not what judges.
+        """
+        plan = made.plan
+        if plan.recipe.runtime != "openvino" or plan.target.accelerator is not None:
+            return None
+        found = evidence(self.arena.kernels(made))
+        downgraded = found["downgraded"]
+        for line in downgraded if isinstance(downgraded, list) else []:
+            self.bench.say(f"{plan.target.name}: {plan.recipe.name}: {line}")
+        return {"where": self.where(plan), **found}
 
     def remembered(
         self, what: str, made: Made, data: DataSet, measure: Callable[[], dict[str, Json]]

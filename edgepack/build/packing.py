@@ -28,6 +28,7 @@ from edgepack.bundle.pack import (
     wheel_path,
     write_bundle,
 )
+from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.target import Target
@@ -130,6 +131,7 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str)
             inputs=tuple(_tensor(spec) for spec in opened.interface.inputs),
             outputs=tuple(_tensor(spec) for spec in opened.interface.outputs),
             preprocess=preprocess.model_dump(mode="json") if preprocess else None,
+            blob=_blob(parts),
         ),
         runtime=m.RuntimePart(
             name=plan.recipe.runtime,
@@ -176,6 +178,18 @@ def _golden_samples(parts: Parts) -> int:
 
     with np.load(io.BytesIO(parts.golden_inputs), allow_pickle=False) as arrays:
         return len(next(iter(arrays.values())))
+
+
+def _blob(parts: Parts) -> m.BlobPart | None:
+    if "blob" not in parts.model:
+        return None
+    found = read_blob(parts.model["blob"])
+    return m.BlobPart(
+        platform=found.platform,
+        compatibility=found.compatibility,
+        compiler=found.compiler,
+        openvino=found.openvino,
+    )
 
 
 def _min_sqnr_db(plan: BuildPlan) -> float:

@@ -335,7 +335,11 @@ class _Drift:
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
-    return one.record is not None and other.record is not None and one.record.files == other.record.files
+    """Whether they are one model that runs in one way: of OpenVINO's, float32 and bf16 are one file."""
+    if one.record is None or other.record is None or one.record.files != other.record.files:
+        return False
+    first, second = one.plan.recipe, other.plan.recipe
+    return (first.runtime, first.device_options) == (second.runtime, second.device_options)
 
 
 def _slow(candidate: Candidate) -> str:

@@ -71,11 +71,22 @@ class TensorPart(Part):
     shape: tuple[int | str | None, ...]
 
 
+class BlobPart(Part):
+    """A model compiled for an NPU ahead of time, as it says itself."""
+
+    platform: str
+    """As NPU_PLATFORM names it."""
+    compatibility: str
+    """What the device's driver compares: "compiler=8.4;npu=4000;t=4;elf=1.2.2;mi=11.4.10"."""
+    compiler: str
+    openvino: str
+
+
 class ModelPart(Part):
     files: dict[str, str]
-    """Path in the bundle by role: `model`, and `weights` where the format keeps them apart."""
+    """Path in the bundle by role: `model`, `weights` where the format keeps them apart, `blob` for an NPU."""
     format: Literal["onnx", "openvino-ir"]
-    precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "fp32"]
+    precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
     """`-weights`: stored so, computed in float32."""
     candidate: str
     """Of those that the search tried (evidence.json): `int8`, `int8-w4`."""
@@ -84,6 +95,8 @@ class ModelPart(Part):
     inputs: tuple[TensorPart, ...]
     outputs: tuple[TensorPart, ...]
     preprocess: Facts | None = None
+    blob: BlobPart | None = None
+    """Of `files["blob"]`; the model beside it is what it was compiled from, and the fallback."""
 
 
 class RuntimePart(Part):

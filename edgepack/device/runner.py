@@ -27,18 +27,24 @@ install  {root, blobs, manifest: sha256} -> {bundle: path, lib: path}
          Lays out root/bundles/MANIFEST and root/runtimes/DIGEST from the blobs; what is there and whole is kept.
          Of manifest.json it reads files: {path: {sha256, bytes}} and runtime.wheels: [path].
 
-MODEL is {runtime: "onnxruntime"|"openvino", lib: folder, files: {model: path, weights: path}, options: {}, threads: n}.
-options: onnxruntime allow_spinning (bool), arena (bool); openvino device ("CPU"), precision ("f32"). It stays
-loaded between requests. All models of one process come from one lib folder: another one needs another process.
-Arrays travel as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
+MODEL is {runtime: "onnxruntime"|"openvino", lib: folder, files: {model: path, weights: path, blob: path}, options: {},
+threads: n}; files as the format has them. options: onnxruntime allow_spinning (bool), arena (bool); openvino device
+("CPU"), precision ("f32"). It stays loaded between requests. All models of one process come from one lib folder:
+another one needs another process. Arrays travel as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
 
-infer    {model, feeds: [npz], outputs: [npz], fetch: [name]|null} -> {count, elapsed_ns: [...]}      each feed one run
-infer    {model, batch: npz stacked, count: n, output: npz, fetch: [name]|null} -> {count, elapsed_ns: [...]}
+LOADED, in the results below, is {source: "model"|"blob", note: text|null, driver: text|null}: what was loaded. A blob
+is used on an NPU only. Where its driver refuses it, the model beside it is compiled there, and note says why.
+
+infer    {model, feeds: [npz], outputs: [npz], fetch: [name]|null} -> {count, elapsed_ns: [...], loaded}  each a run
+infer    {model, batch: npz stacked, count: n, output: npz, fetch: [name]|null} -> {count, elapsed_ns: [...], loaded}
+kernels  {model} -> {nodes: [{name, type, precision, kernel, layers: [name]}], quantised: [{name, type}], loaded}
+         OpenVINO alone: the execution graph, in its order and words; layers are the model's that a node stands for.
+         quantised: the model's products (convolutions, MatMul) whose operands are all quantised in the model.
 health   {model, inputs: npz stacked, outputs: npz stacked, min_sqnr_db}
-         -> {passed, outputs: {name: {sqnr_db, max_abs_error, finite, shape}}}
+         -> {passed, outputs: {name: {sqnr_db, max_abs_error, finite, shape}}, loaded}
          sqnr_db is 10 log10(sum(expected^2) / sum((expected - found)^2)), held within -300 and 300 (equal bit for bit).
 bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample: {files, commands, every_ms}}
-         -> {fresh, import_ns, load_ns, first_ns, warmup_ns, samples_ns, starts_ns,
+         -> {fresh, loaded, import_ns, load_ns, first_ns, warmup_ns, samples_ns, starts_ns,
              environment: [{t_ns, wall_ns, raw_ns, files, commands}], clock, clock_resolution_ns,
              max_rss_kib_before, max_rss_kib_loaded, max_rss_kib_after}
          At least `runs` and at least `seconds`, but never beyond max_seconds or a million runs. The environment is
@@ -454,17 +460,66 @@ class OpenVino:
         wanted = {"INFERENCE_PRECISION_HINT": options["precision"], "PERFORMANCE_HINT": "LATENCY"}
         if device == "CPU":
             wanted.update(INFERENCE_NUM_THREADS=threads, NUM_STREAMS=1)
-        core = openvino.Core()
-        network = core.read_model(*[files[key] for key in ("model", "weights") if key in files])
-        compiled = core.compile_model(network, device, wanted)
-        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        if precision != options["precision"]:
-            raise Refused("runtime", "OpenVINO took precision %s, not %s" % (precision, options["precision"]))
+        self.core, self.files, self.device = openvino.Core(), files, device
+        self.note: Optional[str] = None
+        compiled = self.from_blob() if device.startswith("NPU") and "blob" in files else None
+        self.source = "model" if compiled is None else "blob"
+        if compiled is None:
+            compiled = self.from_model(wanted)
+        self.compiled = compiled
         self.request = compiled.create_infer_request()
         self.ports = {name: i for i, port in enumerate(compiled.inputs) for name in port.get_names()}
         self.inputs = {port.get_any_name(): str(port.get_element_type().to_dtype()) for port in compiled.inputs}
         self.outputs = [port.get_any_name() for port in compiled.outputs]
         self.places = {name: i for i, port in enumerate(compiled.outputs) for name in port.get_names()}
+
+    def network(self) -> Any:
+        return self.core.read_model(*[self.files[key] for key in ("model", "weights") if key in self.files])
+
+    def from_blob(self) -> Any:
+        """What the blob holds; None where this device does not take it, which `note` then explains."""
+        with open(self.files["blob"], "rb") as file:
+            content = file.read()
+        try:
+            return self.core.import_model(content, self.device)
+        except Exception as error:  # noqa: BLE001  # OpenVINO's exceptions have no base of their own
+            why = " ".join(line for line in str(error).split("\n") if line and not line.startswith("Exception from"))
+            self.note = "the blob was refused, so the model was compiled here: %.600s" % (why or type(error).__name__)
+            return None
+
+    def from_model(self, wanted: Dict[str, Any]) -> Any:
+        try:
+            compiled = self.core.compile_model(self.network(), self.device, wanted)
+        except Exception as error:
+            if self.note is None:
+                raise
+            raise Refused("runtime", "%s; which failed as well: %s" % (self.note, error)) from error
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if precision != wanted["INFERENCE_PRECISION_HINT"]:
+            asked = wanted["INFERENCE_PRECISION_HINT"]
+            raise Refused("runtime", "OpenVINO took precision %s, not %s" % (precision, asked))
+        return compiled
+
+    def driver(self) -> Optional[str]:
+        """The version of the NPU's user-mode driver, as OpenVINO names it; None on other devices."""
+        try:
+            return str(self.core.get_property(self.device, "NPU_DRIVER_VERSION"))
+        except Exception:  # noqa: BLE001  # as above; most devices have no such property
+            return None
+
+    def kernels(self) -> Dict[str, Any]:
+        def text(info: Any, key: str) -> str:
+            return str(info[key].astype(str)) if key in info else ""
+
+        nodes = []
+        for node in self.compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            kind = text(info, "layerType")
+            if kind not in ("Const", "Input", "Output"):
+                entry = {"name": node.get_friendly_name(), "type": kind, "precision": text(info, "runtimePrecision")}
+                layers = [name for name in text(info, "originalLayersNames").split(",") if name]
+                nodes.append(dict(entry, kernel=text(info, "primitiveType"), layers=layers))
+        return {"nodes": nodes, "quantised": quantised_products(self.network())}
 
     def knows(self, name: str) -> bool:
         return name in self.places
@@ -477,6 +532,35 @@ class OpenVino:
 
     def collect(self, raw: Any, names: List[str]) -> Arrays:
         return {name: raw[self.places[name]].copy() for name in names}
+
+
+PRODUCTS = {
+    "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"
+}  # fmt: skip
+# What OpenVINO's low-precision transformations carry integers through; the first three dequantise.
+CARRIERS = {
+    "Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit",
+    "Slice", "StridedSlice", "MaxPool", "Concat", "Gather", "Pad", "DepthToSpace", "SpaceToDepth", "Tile", "Broadcast",
+}  # fmt: skip
+
+
+def quantised_products(network: Any) -> List[Dict[str, str]]:
+    """Those whose two operands are quantised, by way of CARRIERS: FakeQuantize of 256 levels, or an 8-bit constant."""
+
+    def is_quantised(node: Any) -> bool:
+        kind = node.get_type_name()
+        if kind == "Constant":
+            return node.get_element_type().get_type_name() in ("i8", "u8")
+        if kind == "FakeQuantize":
+            return int(node.get_attributes()["levels"]) <= 256
+        return kind in CARRIERS and is_quantised(node.input_value(0).get_node())
+
+    products = [node for node in network.get_ordered_ops() if node.get_type_name() in PRODUCTS]
+    return [
+        {"name": node.get_friendly_name(), "type": node.get_type_name()}
+        for node in products
+        if all(is_quantised(node.input_value(i).get_node()) for i in (0, 1))
+    ]
 
 
 RUNTIMES: Dict[str, Any] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
@@ -600,7 +684,7 @@ class Runner:
             count, stacked = load_stacked(path_of(request, "batch"), field(request, "count", int))
             outputs, elapsed = run_stacked(model, count, stacked, fetch)
             save_arrays(path_of(request, "output"), outputs)
-            return {"count": count, "elapsed_ns": elapsed}
+            return {"count": count, "elapsed_ns": elapsed, "loaded": how_loaded(model)}
         feeds, outputs_to, elapsed = strings(request, "feeds"), strings(request, "outputs"), []
         if len(feeds) != len(outputs_to):
             raise Refused("bad-request", "%d feeds but %d outputs" % (len(feeds), len(outputs_to)))
@@ -608,7 +692,13 @@ class Runner:
             arrays, taken = run_once(model, load_arrays(os.path.expanduser(source)), fetch)
             elapsed.append(taken)
             save_arrays(os.path.expanduser(target), arrays)
-        return {"count": len(feeds), "elapsed_ns": elapsed}
+        return {"count": len(feeds), "elapsed_ns": elapsed, "loaded": how_loaded(model)}
+
+    def kernels(self, request: Request) -> Dict[str, Any]:
+        model = self.load(field(request, "model", dict))
+        if not isinstance(model, OpenVino):
+            raise Refused("bad-request", "only openvino names the kernels that it runs")
+        return dict(guarded(model.kernels), loaded=how_loaded(model))
 
     def health(self, request: Request) -> Dict[str, Any]:
         least = field(request, "min_sqnr_db", (int, float))
@@ -618,7 +708,7 @@ class Runner:
         found, _ = run_stacked(model, count, stacked, list(expected))
         report = {name: compare(expected[name], found[name]) for name in expected}
         passed = all(r["max_abs_error"] is not None and r["sqnr_db"] >= least for r in report.values())
-        return {"passed": passed, "outputs": report}
+        return {"passed": passed, "outputs": report, "loaded": how_loaded(model)}
 
     def bench(self, request: Request) -> Dict[str, Any]:
         warmup, runs = field(request, "warmup", int), max(1, field(request, "runs", int))
@@ -648,6 +738,7 @@ class Runner:
         environment.append(sample_environment(paths, commands))
         return {
             "fresh": fresh,
+            "loaded": how_loaded(model),
             "import_ns": imported - begin,
             "load_ns": loaded - imported,
             "first_ns": first_ns,
@@ -703,6 +794,13 @@ class Runner:
                 del self.models[next(iter(self.models))]
             self.models[key] = guarded(kind, files, options, threads)
         return self.models[key]
+
+
+def how_loaded(model: Any) -> Dict[str, Any]:
+    """From what, and what to know about it; only an NPU's model can be loaded in two ways."""
+    if isinstance(model, OpenVino):
+        return {"source": model.source, "note": model.note, "driver": model.driver()}
+    return {"source": "model", "note": None, "driver": None}
 
 
 def check_feed(model: Any, feed: Arrays) -> None:
@@ -791,6 +889,7 @@ VERBS: Dict[str, Callable[[Runner, Request], Dict[str, Any]]] = {
     "accept": Runner.accept,
     "install": Runner.install,
     "infer": Runner.infer,
+    "kernels": Runner.kernels,
     "health": Runner.health,
     "bench": Runner.bench,
 }

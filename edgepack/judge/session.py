@@ -9,10 +9,10 @@ from types import TracebackType
 
 import numpy as np
 
-from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError, ToolchainError
+from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError, ToolchainError, UnsupportedError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
-from edgepack.protocol import ModelRef, RunnerClient, RunnerError
+from edgepack.protocol import Kernels, ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
 from edgepack.transports.base import Transport
 
@@ -67,13 +67,7 @@ class RuntimeSession:
         Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
         is full, and ToolchainError when the runtime dies: no device is at fault here.
         """
-        model = ModelRef(
-            runtime=self._runtime,
-            lib=str(self._lib),
-            files={role: str(path) for role, path in files.items()},
-            options=self._options,
-            threads=1,
-        )
+        model = self._model(files)
         chunks = _Chunks(feeds)
         for chunk in chunks:
             try:
@@ -89,6 +83,27 @@ class RuntimeSession:
                 chunks.note(len(chunk), sum(array.nbytes for array in outputs.values()))
                 for index in range(len(chunk)):
                     yield {name: array[index] for name, array in outputs.items()}
+
+    def kernels(self, files: Mapping[str, Path | str]) -> Kernels:
+        """Which kernels the runtime runs the model with, where this session runs. Raises as `run` does.
+
+        UnsupportedError: this runtime does not say.
+        """
+        try:
+            return self._client.kernels(self._model(files))
+        except RunnerError as error:
+            if error.failure == "bad-request":
+                raise UnsupportedError(str(error)) from error
+            raise self._explained(error) from error
+
+    def _model(self, files: Mapping[str, Path | str]) -> ModelRef:
+        return ModelRef(
+            runtime=self._runtime,
+            lib=str(self._lib),
+            files={role: str(path) for role, path in files.items()},
+            options=self._options,
+            threads=1,
+        )
 
     def _alone(self, model: ModelRef, feed: Feed, fetch: Sequence[str] | None) -> Iterator[Feed]:
         try:

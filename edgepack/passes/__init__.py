@@ -9,7 +9,7 @@ from edgepack.passes.gptq import Gptq
 from edgepack.passes.half import Half
 from edgepack.passes.narrow import StoreNarrow
 from edgepack.passes.observe import Observe
-from edgepack.passes.openvino import ConvertOpenvino, QuantiseNncf
+from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
 from edgepack.passes.quantise_dynamic import QuantiseDynamic
 from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.passes.smooth import Smooth
@@ -31,5 +31,6 @@ PASSES: dict[str, Pass] = {
         StoreNarrow(),
         ConvertOpenvino(),
         QuantiseNncf(),
+        CompileNpu(),
     )
 }

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgepack.errors import UnsupportedError
+from edgepack.runtimes.npu_compiler import WITHOUT
 from edgepack.spec.project import Objective
-from edgepack.spec.target import Target
+from edgepack.spec.target import Dtype, Target
 from edgepack.store import Json
 
-Precision = Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "fp32"]
+Precision = Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
 """What a model computes in; `-weights`: stored so, float32 arithmetic."""
 
 
@@ -67,6 +68,15 @@ ONNXRUNTIME_OPTIONS: dict[str, Json] = {"allow_spinning": False, "arena": True}
 OPENVINO_CPU: dict[str, Json] = {"device": "CPU", "precision": "f32"}
 """Pinned: left alone, OpenVINO computes in bf16 where the processor has it, and says nothing."""
 
+OPENVINO_HALVES: dict[Dtype, tuple[Precision, dict[str, Json]]] = {
+    "bfloat16": ("bf16", {"device": "CPU", "precision": "bf16"}),
+    "float16": ("fp16", {"device": "CPU", "precision": "f16"}),
+}
+"""By what a target says that its processor computes in (`numerics.dtypes`): only then, and never in the other's place.
+
+An f16 hint turns into bf16 on a processor with AVX512_BF16 alone; the runner reads the hint back and refuses that.
+"""
+
 OPENVINO_NPU: dict[str, Json] = {"device": "NPU", "precision": "f16"}
 """An NPU has no float32 arithmetic: what is not int8 runs in float16 there."""
 
@@ -102,21 +112,32 @@ def runtime_of(target: Target) -> str:
     )
 
 
-def baseline_recipe(target: Target) -> Recipe:
-    """The fp32 model in the runtime that ships: what candidates are compared with. Raises UnsupportedError."""
+def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
+    """The fp32 model in the runtime that ships: what candidates are compared with. Raises UnsupportedError.
+
+    `npu_compiler`: whether this machine can compile for an NPU; if not, the bundle carries no blob, and says so.
+    """
     if runtime_of(target) == "onnxruntime":
         return _onnxruntime("fp32", "the model as it is", "fp32", ())
-    return _openvino(target, "fp32", "the model as it is", "fp32", ())
+    return _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
 
 
-def proposals(target: Target, objective: Objective) -> tuple[Recipe, ...]:
-    """What a search may try, in this order; sensitivity adds mixed precision later. Raises UnsupportedError."""
+def proposals(target: Target, objective: Objective, *, npu_compiler: bool = False) -> tuple[Recipe, ...]:
+    """What a search may try, in this order; sensitivity adds mixed precision later. Raises UnsupportedError.
+
+    `npu_compiler` as of `baseline_recipe`.
+    """
+    if runtime_of(target) == "openvino" and target.accelerator is None:
+        return _openvino_cpu(target)
     if runtime_of(target) == "openvino":
-        return (
-            _openvino(target, "int8", "weights and activations in int8 (NNCF)", "int8", (Use(name="quantise-nncf"),)),
-        )
+        why, nncf = "weights and activations in int8 (NNCF)", (Use(name="quantise-nncf"),)
+        return (_openvino(target, "int8", why, "int8", nncf, npu_compiler=npu_compiler),)
     known = _static_recipes(target)
     chosen = [known[name] for name in STATIC_ORDER[objective]]
+    if "openvino" in target.runtimes:
+        first, *others = _openvino_cpu(target)
+        chosen.insert(chosen.index(known["int8"]) + 1, first)
+        chosen += others if objective != "size" else []
     if target.numerics.saturates:
         chosen.append(_eight_bits_where_they_may_saturate(known["int8"]))
     return (*chosen, *(_float_recipes()[name] for name in OTHER_ORDER))
@@ -194,17 +215,46 @@ def _onnxruntime(name: str, why: str, precision: Precision, passes: tuple[Use, .
     )
 
 
-def _openvino(target: Target, name: str, why: str, precision: Precision, passes: tuple[Use, ...]) -> Recipe:
+def _openvino_cpu(target: Target) -> tuple[Recipe, ...]:
+    """OpenVINO on the processor: int8 first, then what it computes in 16 bits, then float32."""
+    nncf = (Use(name="quantise-nncf"),)
+    int8 = _openvino(target, "openvino-int8", "int8 in OpenVINO (NNCF)", "int8", nncf, npu_compiler=False)
+    fp32 = _openvino(target, "openvino-fp32", "float32 in OpenVINO", "fp32", (), npu_compiler=False)
+    halves = [
+        replace(
+            fp32,
+            name=f"openvino-{precision}",
+            why=f"{dtype} arithmetic in OpenVINO",
+            precision=precision,
+            device_options=options,
+            judge_options=options,
+        )
+        for dtype, (precision, options) in OPENVINO_HALVES.items()
+        if dtype in target.numerics.dtypes
+    ]
+    return (int8, *halves, fp32)
+
+
+def _openvino(
+    target: Target,
+    name: str,
+    why: str,
+    precision: Precision,
+    passes: tuple[Use, ...],
+    *,
+    npu_compiler: bool,
+) -> Recipe:
     npu = target.accelerator is not None and target.accelerator.kind == "npu"
+    compiled = (Use(name="compile-npu"),) if npu and npu_compiler else ()
     return Recipe(
         name=name,
         why=why,
         runtime="openvino",
         precision=precision,
-        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes),
+        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled),
         model_format="openvino-ir",
         device_options=OPENVINO_NPU if npu else OPENVINO_CPU,
         judge_options=OPENVINO_CPU,
         judged_on="CPU plugin",
-        note=NPU_NOTE if npu else None,
+        note=None if not npu else NPU_NOTE if npu_compiler else f"{NPU_NOTE}; {WITHOUT}",
     )

@@ -37,7 +37,7 @@ FACTS = PlanFacts(
     calibration="c" * 64,
     evaluation="e" * 64,
     libraries={"onnx": "1", "onnxslim": "1", "numpy": "1"},
-    toolchains={"nncf": "t" * 64},
+    toolchains={"nncf": "t" * 64, "openvino-npu": "n" * 64},
     runtime_version="1",
     runtime_wheels="w" * 64,
 )
@@ -54,7 +54,7 @@ def plans_of(
 ) -> list[dict[str, Json]]:
     target = load_target(name)
     try:
-        recipes = proposals(target, objective)
+        recipes = proposals(target, objective, npu_compiler=True)
     except UnsupportedError:
         return []
     return [make_plan(project, target, target.os_named(), recipe, facts).to_json() for recipe in recipes]

@@ -20,7 +20,10 @@ import numpy as np
 import pytest
 
 from edgepack.errors import DeviceError
-from edgepack.protocol import RUNNER_PATH, BenchOrder, ModelRef, RunnerClient, RunnerError
+from edgepack.graph.npz import npz_bytes
+from edgepack.judge.kernels import downgrades
+from edgepack.protocol import RUNNER_PATH, BenchOrder, Loaded, ModelRef, RunnerClient, RunnerError
+from tests.support.npu import export_blob, stand_in_for_an_npu
 from tests.support.runtime import expected, feeds, lib_folder, model_ref, save_ir, save_model, start_runner
 
 LINK = 0o120777 << 16
@@ -501,3 +504,107 @@ def test_openvino_never_takes_another_device_or_precision(
 ) -> None:
     with pytest.raises(RunnerError, match=message):
         runner.infer(model_ref(save_ir(tmp_path / "m.xml"), "openvino", options), [], [])
+
+
+# --- an NPU's blob ---
+
+
+def npu_model(folder: Path, *, refusal: str = "", compiles: bool = True) -> ModelRef:
+    """A model with a blob, in an OpenVINO whose NPU is the processor."""
+    model = save_ir(folder / "m.xml")
+    files = {"model": str(model), "weights": str(model.with_suffix(".bin"))}
+    files["blob"] = str(export_blob(model, lib_folder("openvino")))
+    lib = stand_in_for_an_npu(folder / "lib", lib_folder("openvino"), refusal=refusal, compiles=compiles)
+    return ModelRef(runtime="openvino", lib=lib, files=files, options={"device": "NPU"})
+
+
+def healthy(runner: RunnerClient, model: ModelRef, folder: Path) -> Loaded:
+    inputs = feeds(2)
+    np.savez(folder / "in.npz", **inputs)  # type: ignore[arg-type]
+    (folder / "out.npz").write_bytes(npz_bytes(expected(inputs)))
+    health = runner.health(model, str(folder / "in.npz"), str(folder / "out.npz"), 80)
+    assert health.passed
+    return health.loaded
+
+
+def test_an_npu_imports_the_blob_and_says_so(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, compiles=False)  # so that nothing but the blob can have run
+    assert healthy(runner, model, tmp_path) == Loaded(source="blob", note=None, driver="1717171717")
+
+
+def test_a_refused_blob_leads_to_the_model_and_the_result_says_so(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, refusal="its ELF is newer than the driver")
+    loaded = healthy(runner, model, tmp_path)
+    assert loaded.source == "model"
+    assert loaded.note == "the blob was refused, so the model was compiled here: its ELF is newer than the driver"
+    order = BenchOrder(warmup=1, runs=2, seconds=0.01, max_seconds=5)
+    with start_runner(tmp_path) as another:
+        measured = another.bench(model, str(tmp_path / "in.npz"), order)
+    assert measured.loaded.source == "model" and measured.loaded.note is not None
+
+
+def test_where_blob_and_model_both_fail_both_reasons_are_told(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, refusal="too new", compiles=False)
+    with pytest.raises(RunnerError, match=r"too new; which failed as well: .*") as error:
+        runner.infer(model, [], [])
+    assert failure_of(error) == "runtime"
+
+
+def test_the_processor_ignores_a_blob_which_is_for_an_npu(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, refusal="never asked")
+    on_cpu = ModelRef(runtime="openvino", lib=lib_folder("openvino"), files=model.files)
+    assert healthy(runner, on_cpu, tmp_path) == Loaded(source="model", note=None, driver=None)
+
+
+# --- kernels ---
+
+
+def test_onnxruntime_does_not_name_its_kernels(runner: RunnerClient, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match="only openvino") as error:
+        runner.kernels(model_ref(save_model(tmp_path / "m.onnx")))
+    assert failure_of(error) == "bad-request"
+
+
+def test_openvino_names_the_kernel_of_each_node_and_the_layers_that_it_stands_for(
+    runner: RunnerClient, tmp_path: Path
+) -> None:
+    found = runner.kernels(model_ref(save_ir(tmp_path / "m.xml"), "openvino"))
+    assert found.quantised == ()
+    (node,) = [node for node in found.nodes if node.type in ("FullyConnected", "MatMul")]
+    assert node.precision == "f32" and node.kernel.endswith("f32")
+    assert "file" in node.layers  # the Relu, fused into it, gives the output
+
+
+# A convolution whose activations are quantised with one range a tensor, or one a channel.
+QUANTISED_IR = """
+import sys
+lib, path, ranges = sys.argv[1:]
+sys.path.insert(0, lib)
+import numpy as np, openvino as ov
+from openvino import opset15 as o
+rng = np.random.default_rng(3)
+x = o.parameter([1, 4, 16, 16], name="x")
+high = np.full((1, 4, 1, 1), 3.0, np.float32) if ranges == "tensor" else np.float32([1, 2, 4, 8]).reshape(1, 4, 1, 1)
+high = high[:, :1] if ranges == "tensor" else high
+act = o.fake_quantize(x, -high, high, -high, high, 256)
+weights = o.constant(rng.integers(-127, 128, (16, 4, 3, 3)).astype(np.int8))
+scaled = o.multiply(o.convert(weights, "f32"), o.constant(np.full((16, 1, 1, 1), 0.01, np.float32)))
+conv = o.convolution(act, scaled, [1, 1], [1, 1], [1, 1], [1, 1], name="conv")
+conv.set_friendly_name("conv")
+ov.save_model(ov.Model([o.result(o.relu(conv))], [x], "one"), path, compress_to_fp16=False)
+"""
+
+
+@pytest.mark.parametrize(("ranges", "downgraded"), [("tensor", 0), ("channel", 1)])
+def test_a_quantised_product_that_openvino_computes_in_float_is_found(
+    runner: RunnerClient, tmp_path: Path, ranges: str, downgraded: int
+) -> None:
+    """Ranges by channel cannot be taken out of the sum over channels, so no integer kernel is used."""
+    path = tmp_path / "q.xml"
+    argv = [sys.executable, "-I", "-S", "-c", QUANTISED_IR, lib_folder("openvino"), str(path), ranges]
+    subprocess.run(argv, check=True, timeout=60)
+    found = runner.kernels(model_ref(path, "openvino"))
+    assert [(each.name, each.type) for each in found.quantised] == [("conv", "Convolution")]
+    lines = [str(each) for each in downgrades(found)]
+    assert len(lines) == downgraded
+    assert all(line.startswith("Convolution conv: planned in int8, runs in f32 (") for line in lines)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepack.bench.signed_rank import ratio_estimate, ratio_interval, signed_rank
 from edgepack.bench.versus import LOOKS, Contestant, SpeedRatio, VersusOrder, compare_on, compare_speed, decide
 from edgepack.errors import InputError, UnsupportedError
-from edgepack.protocol import RUNNER_PATH, BenchOrder, EnvironmentSample, Measured, ModelRef
+from edgepack.protocol import RUNNER_PATH, BenchOrder, EnvironmentSample, Loaded, Measured, ModelRef
 from edgepack.transports.local import LocalTransport
 from tests.support.runtime import lib_folder, model_ref
 
@@ -75,6 +75,7 @@ def measured(
     samples_ns: Sequence[int], environment: tuple[EnvironmentSample, ...], load_ns: int = 3_000_000
 ) -> Measured:
     return Measured(
+        loaded=Loaded(source="model", note=None, driver=None),
         fresh=False,
         import_ns=0,
         load_ns=load_ns,
