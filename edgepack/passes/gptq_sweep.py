@@ -155,15 +155,14 @@ class GptqSweep:
         return stored
 
     def _round(self, name: str, weight: Matrix, moments: Moments, bits: int) -> Rounded:
-        damping = self.params.damping
-        feedback = factor(moments.second, damping=damping)
         target = weight
         if self.params.asymmetric and moments.cross is not None and moments.cross.any():
             ridge = np.minimum(RIDGE + NOISE_RIDGE * moments.shrinkage, 1.0)
             target = corrected_target(weight, moments.second, moments.cross, ridge=ridge)
         if self.params.error_per_bit is None:
-            return round_layer(target, feedback, bits)
+            return round_layer(target, factor(moments.second, damping=self.params.damping), bits)
         sensitivity = self.sweep.sensitivity(name, moments)
         if sensitivity is None:
             return round_plainly(weight, bits)
+        feedback = factor(moments.second, damping=self.params.damping)
         return round_for_rate(target, feedback, bits, sensitivity / self.params.error_per_bit)

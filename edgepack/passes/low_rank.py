@@ -66,6 +66,7 @@ class LowRank:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("low-rank",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {

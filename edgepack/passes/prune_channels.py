@@ -59,6 +59,7 @@ class PruneChannels:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("prune-channels",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {
