@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.agreement
 	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.coding
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

@@ -7,9 +7,11 @@ from edgepack.passes.contract import Pass
 from edgepack.passes.equalise import Equalise
 from edgepack.passes.gptq import Gptq
 from edgepack.passes.half import Half
+from edgepack.passes.low_rank import LowRank
 from edgepack.passes.narrow import StoreNarrow
 from edgepack.passes.observe import Observe
 from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
+from edgepack.passes.prune_channels import PruneChannels
 from edgepack.passes.quantise_dynamic import QuantiseDynamic
 from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.passes.smooth import Smooth
@@ -19,6 +21,8 @@ PASSES: dict[str, Pass] = {
     each.name: each
     for each in (
         Canonicalise(),
+        PruneChannels(),
+        LowRank(),
         Equalise(),
         Smooth(),
         Gptq(),

@@ -123,10 +123,13 @@ def round_layer(target: Matrix, feedback: Feedback, bits: int) -> Rounded:
 def round_plainly(weights: Matrix, bits: int) -> Rounded:
     """To nearest, at the scale that reaches each channel's largest weight."""
     top = 2 ** (bits - 1) - 1
-    scales = full_scales(weights, top)
-    return Rounded(
-        integers=_nearest(weights, scales.astype(np.float64)[:, :, None], top).astype(np.int8), scales=scales
-    )
+    return round_at(weights, full_scales(weights, top), top)
+
+
+def round_at(weights: Matrix, scales: NDArray[np.float32], top: int) -> Rounded:
+    """To nearest, at scales [groups, outputs] that are given."""
+    integers = _nearest(weights, scales.astype(np.float64)[:, :, None], top).astype(np.int8)
+    return Rounded(integers=integers, scales=scales)
 
 
 def round_columns(target: Matrix, scales: NDArray[np.float32], feedback: Feedback, top: int) -> NDArray[np.int8]:
