@@ -113,6 +113,17 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyTest:
+    """When warming up ends: the medians of the last `blocks` vary (standard deviation over mean) by `tolerance`."""
+
+    block_ms: float = 50.0
+    blocks: int = 5
+    tolerance: float = 0.02
+    max_seconds: float = 10.0
+    """Then it ends all the same, and the run is marked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOrder:
     """How long and what to watch meanwhile."""
 
@@ -123,6 +134,12 @@ class BenchOrder:
     sample_files: tuple[str, ...] = ()
     sample_commands: tuple[tuple[str, ...], ...] = ()
     sample_every_ms: int = 1000
+    steady: SteadyTest | None = None
+    """None: `warmup` inferences are all."""
+    streams: int | None = None
+    """So many models at once, a thread each; None is one inference after the other."""
+    cpus: tuple[int, ...] | None = None
+    nice: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +170,11 @@ class Measured:
     max_rss_kib_after: int
     clock: str
     clock_resolution_ns: int
+    steady: bool | None = None
+    """Whether warming up ended for that; None where nobody asked."""
+    cpus: tuple[int, ...] = ()
+    """That the process could run on."""
+    nice: int = 0
 
 
 T = TypeVar("T")
@@ -242,8 +264,13 @@ class RunnerClient:
             "seconds": order.seconds,
             "max_seconds": order.max_seconds,
             "sample": sample,
+            "steady": None if order.steady is None else asdict(order.steady),
+            "streams": order.streams,
+            "cpus": None if order.cpus is None else list(order.cpus),
+            "nice": order.nice,
         }
-        return self._ask("bench", request, Measured, LOAD_TIMEOUT_S + 2 * order.max_seconds)
+        warming_s = 0.0 if order.steady is None else order.steady.max_seconds
+        return self._ask("bench", request, Measured, LOAD_TIMEOUT_S + 2 * (order.max_seconds + warming_s))
 
     def close(self) -> None:
         """End the runner. Idempotent."""

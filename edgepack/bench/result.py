@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from edgepack.bench.energy import Energy, read_energy
 from edgepack.bench.environment import Environment
 from edgepack.bench.machine import Machine
-from edgepack.bench.statistics import CONFIDENCE, Summary, summarise
+from edgepack.bench.statistics import CONFIDENCE, Rate, Summary, rate_of, summarise
 from edgepack.bench.verdict import Verdict
 from edgepack.bundle.manifest import BudgetPart
 from edgepack.errors import GateMissedError
@@ -16,6 +18,8 @@ from edgepack.protocol import Health, Measured
 
 RECORD_BYTES = 16
 """That the runner keeps of one inference: when it began and how long it took, 64 bits each."""
+WARM_UP_BYTES = 8
+"""That it keeps of one inference of the warm-up: how long it took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,33 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How it was measured, as far as it bears on the numbers."""
+
+    scenario: str = "single-stream"
+    streams: int = 1
+    """Inferences at once."""
+    batch: int = 1
+    """Samples in one inference."""
+    cpus: tuple[int, ...] = ()
+    """Processors that it could run on."""
+    nice: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    """What one of the processes gave; processes differ by more than the samples of one say."""
+
+    count: int
+    p50_ms: float
+    import_ms: float
+    load_ms: float
+    first_ms: float
+    memory_mib: float | None
+    steady: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkResult:
     """One bundle on one device, once. `measured` is None on an emulated device: no time was taken there."""
 
@@ -52,32 +83,46 @@ class BenchmarkResult:
     runtime: str
     health: Health
     verdict: Verdict
-    measured: Measured | None
+    runs: tuple[Measured, ...]
+    """One for each process that measured, in order; none on an emulated device."""
     environment: Environment | None
     notes: tuple[str, ...]
     budget: BudgetPart
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def samples_ns(self) -> list[int]:
+        return [ns for run in self.runs for ns in run.samples_ns]
 
     @property
     def latency_ms(self) -> Summary | None:
-        return None if self.measured is None else summarise([ns / 1e6 for ns in self.measured.samples_ns])
+        return summarise([ns / 1e6 for ns in self.samples_ns]) if self.runs else None
+
+    @property
+    def throughput(self) -> Rate | None:
+        """Samples per second; only of the offline scenario, which keeps the device busy."""
+        if not self.runs or self.settings.scenario != "offline":
+            return None
+        ends = [[a + b for a, b in zip(run.starts_ns, run.samples_ns, strict=True)] for run in self.runs]
+        return rate_of(ends, began_ns=[run.starts_ns[0] for run in self.runs], each=self.settings.batch)
 
     @property
     def memory(self) -> Memory | None:
-        run = self.measured
-        if run is None or not run.fresh or run.max_rss_kib_before == 0:
-            return None
-        before, loaded = run.max_rss_kib_before, run.max_rss_kib_loaded
-        after = max(loaded, run.max_rss_kib_after - RECORD_BYTES * len(run.samples_ns) / 1024)
-        return Memory(
-            peak=after / 1024,
-            interpreter=before / 1024,
-            loaded=(loaded - before) / 1024,
-            inference=(after - loaded) / 1024,
-        )
+        """Of the process with the highest peak."""
+        found = [memory for memory in map(_memory, self.runs) if memory is not None]
+        return max(found, key=lambda memory: memory.peak) if found else None
+
+    @property
+    def energy(self) -> Energy | None:
+        return read_energy([run.environment for run in self.runs], len(self.samples_ns)) if self.runs else None
+
+    @property
+    def repeats(self) -> tuple[Repeat, ...]:
+        return tuple(_repeat(run) for run in self.runs)
 
     def to_json(self) -> dict[str, object]:
         """The document of `bench --json` (docs/json.md)."""
-        run, memory, latency = self.measured, self.memory, self.latency_ms
+        memory, latency, rate, energy = self.memory, self.latency_ms, self.throughput, self.energy
         return {
             "bundle": asdict(self.bundle),
             "device": _device(self.device),
@@ -86,17 +131,53 @@ class BenchmarkResult:
             "runtime": self.runtime,
             "verdict": asdict(self.verdict),
             "latency_ms": None if latency is None else _latency(latency),
-            "samples": None if run is None else _samples(run),
-            "import_ms": None if run is None else run.import_ns / 1e6,
-            "load_ms": None if run is None else run.load_ns / 1e6,
-            "first_ms": None if run is None else run.first_ns / 1e6,
+            "throughput": None if rate is None else asdict(rate),
+            "settings": asdict(self.settings),
+            "samples": _samples(self.runs) if self.runs else None,
+            "repeats": [asdict(repeat) for repeat in self.repeats],
+            "import_ms": self.once("import_ms"),
+            "load_ms": self.once("load_ms"),
+            "first_ms": self.once("first_ms"),
             "memory_mib": None if memory is None else memory.peak,
             "memory": None if memory is None else asdict(memory),
+            "energy": None if energy is None else asdict(energy),
             "health": asdict(self.health),
             "environment": None if self.environment is None else asdict(self.environment),
             "budget": {name: asdict(check) for name, check in check_budgets(self).items()},
             "notes": list(self.notes),
         }
+
+    def once(self, name: str) -> float | None:
+        """What happens once in a process (import_ms, load_ms, first_ms): the median over processes."""
+        values = [float(getattr(repeat, name)) for repeat in self.repeats]
+        return statistics.median(values) if values else None
+
+
+def _memory(run: Measured) -> Memory | None:
+    if not run.fresh or run.max_rss_kib_before == 0:
+        return None
+    before, loaded = run.max_rss_kib_before, run.max_rss_kib_loaded
+    record_kib = (RECORD_BYTES * len(run.samples_ns) + WARM_UP_BYTES * len(run.warmup_ns)) / 1024
+    after = max(loaded, run.max_rss_kib_after - record_kib)
+    return Memory(
+        peak=after / 1024,
+        interpreter=before / 1024,
+        loaded=(loaded - before) / 1024,
+        inference=(after - loaded) / 1024,
+    )
+
+
+def _repeat(run: Measured) -> Repeat:
+    memory = _memory(run)
+    return Repeat(
+        count=len(run.samples_ns),
+        p50_ms=statistics.median(run.samples_ns) / 1e6,
+        import_ms=run.import_ns / 1e6,
+        load_ms=run.load_ns / 1e6,
+        first_ms=run.first_ns / 1e6,
+        memory_mib=None if memory is None else memory.peak,
+        steady=run.steady,
+    )
 
 
 def _device(machine: Machine) -> dict[str, object]:
@@ -110,14 +191,14 @@ def _latency(summary: Summary) -> dict[str, object]:
     return {**fields, "confidence": CONFIDENCE}
 
 
-def _samples(run: Measured) -> dict[str, Any]:
+def _samples(runs: tuple[Measured, ...]) -> dict[str, Any]:
     return {
-        "count": len(run.samples_ns),
-        "ns": list(run.samples_ns),
-        "starts_ns": list(run.starts_ns),
-        "warmup_ns": list(run.warmup_ns),
-        "clock": run.clock,
-        "clock_resolution_ns": run.clock_resolution_ns,
+        "count": sum(len(run.samples_ns) for run in runs),
+        "ns": [ns for run in runs for ns in run.samples_ns],
+        "starts_ns": [ns for run in runs for ns in run.starts_ns],
+        "warmup_ns": [ns for run in runs for ns in run.warmup_ns],
+        "clock": runs[0].clock,
+        "clock_resolution_ns": runs[0].clock_resolution_ns,
     }
 
 

@@ -26,10 +26,23 @@ def bench(
         int | None, typer.Option(min=1, max=1024, help="Threads of the runtime (default: the target's).")
     ] = None,
     warmup: Annotated[
-        int | None, typer.Option(min=0, max=MAX_RUNS, help="Inferences before the measured ones.")
+        int | None, typer.Option(min=0, max=MAX_RUNS, help="Inferences to warm up, at least; it goes on until steady.")
     ] = None,
     runs: Annotated[int | None, typer.Option(min=1, max=MAX_RUNS, help="Measure at least so many inferences,")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.0, max=MAX_S, help="and at least so long.")] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=100, help="Processes, among which runs and seconds are divided.")
+    ] = 5,
+    scenario: Annotated[
+        str, typer.Option(help="single-stream (latency), or offline (throughput of inferences at once).")
+    ] = "single-stream",
+    streams: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Offline: inferences at once (default: processors / threads).")
+    ] = None,
+    cpus: Annotated[str | None, typer.Option(help="Run on these processors only: 2,3 or 0-3.")] = None,
+    priority: Annotated[
+        int | None, typer.Option(min=-20, max=19, help="Nice value; below 0 needs root on the device.")
+    ] = None,
     accept_new_host_key: Annotated[
         bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
     ] = False,
@@ -43,9 +56,10 @@ def bench(
     \b
     Examples:
       edgepack bench dist/NAME-x86-avx512-vnni.edgepack
-      edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --json
+      edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --cpus 2,3 --json
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
     """
+    from edgepack.bench.conduct import Conduct, read_cpus, read_scenario
     from edgepack.bench.install import ROOT
     from edgepack.bench.result import require_budgets
     from edgepack.bench.run import benchmark
@@ -55,6 +69,16 @@ def bench(
     from edgepack.store import cache_folder
     from edgepack.transports.resolve import open_transport
 
+    conduct = Conduct(
+        warmup=warmup,
+        runs=runs,
+        seconds=seconds,
+        repeats=repeats,
+        scenario=read_scenario(scenario, streams),
+        streams=streams,
+        cpus=None if cpus is None else read_cpus(cpus),
+        nice=priority,
+    )
     opened = open_bundle(bundle)
     opened.verify()
     transport = open_transport(device, inventory_path=inventory, accept_new_host_key=accept_new_host_key, say=say)
@@ -63,9 +87,7 @@ def bench(
             opened,
             transport,
             threads=threads,
-            warmup=warmup,
-            runs=runs,
-            seconds=seconds,
+            conduct=conduct,
             root=str(cache_folder() / "device") if device == "local" else ROOT,
             say=say,
             progress=lambda path, done, total: Meter(f"uploading {path}")(done, total),

@@ -37,13 +37,18 @@ infer    {model, batch: npz stacked, count: n, output: npz, fetch: [name]|null} 
 health   {model, inputs: npz stacked, outputs: npz stacked, min_sqnr_db}
          -> {passed, outputs: {name: {sqnr_db, max_abs_error, finite, shape}}}
          sqnr_db is 10 log10(sum(expected^2) / sum((expected - found)^2)), held within -300 and 300 (equal bit for bit).
-bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample: {files, commands, every_ms}}
+bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample: {files, commands, every_ms},
+          steady: {block_ms, blocks, tolerance, max_seconds}|null, streams: n|null, cpus: [n]|null, nice: n|null}
          -> {fresh, import_ns, load_ns, first_ns, warmup_ns, samples_ns, starts_ns,
              environment: [{t_ns, wall_ns, raw_ns, files, commands}], clock, clock_resolution_ns,
-             max_rss_kib_before, max_rss_kib_loaded, max_rss_kib_after}
+             max_rss_kib_before, max_rss_kib_loaded, max_rss_kib_after, steady: bool|null, cpus: [n], nice}
          At least `runs` and at least `seconds`, but never beyond max_seconds or a million runs. The environment is
          read before loading, after the warm-up, at the end and, between two inferences, every every_ms. fresh: no
-         runtime was in this process before (else memory misleads).
+         runtime was in this process before (else memory misleads). Warming up: `warmup` inferences at least; with
+         `steady`, on in blocks of block_ms until the medians of the last `blocks` of them have a coefficient of
+         variation of `tolerance` or less, or max_seconds are over (then steady is false). With streams, so many
+         models are loaded, and as many threads run them at once: samples overlap, and count together. cpus and nice
+         hold for the whole process from then on; given back is what the kernel says they are.
 """
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
@@ -83,6 +88,7 @@ MAX_LINE_BYTES = 16 << 20  # one request
 MAX_TEXT_BYTES = 1 << 20  # one file read for the host: /proc/cpuinfo of 256 processors fits
 COMMAND_TIMEOUT_S = 5.0
 MAX_SAMPLES = 1_000_000  # of one bench; 16 bytes each while it runs
+MAX_STREAMS = 256
 KEPT_MODELS = 2  # the judge compares two; more would crowd a small board
 BEST_SQNR_DB = 300.0  # beyond what float64 can tell apart
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/vc/bin"  # vcgencmd once lived in the last
@@ -626,6 +632,10 @@ class Runner:
         sample = field(request, "sample", dict)
         paths, commands = expand(strings(sample, "files")), commands_of(sample)
         every_ns = max(1, field(sample, "every_ms", int)) * 1_000_000
+        streams, steady = field(request, "streams", int, None), steady_test(request)
+        if streams is not None and not 1 <= streams <= MAX_STREAMS:
+            raise Refused("bad-request", "'streams' is %d; expected 1 to %d" % (streams, MAX_STREAMS))
+        settle(request)
         fresh, rss_before = self.lib is None, peak_rss_kib()
         environment = [sample_environment(paths, commands)]
         self.models.clear()
@@ -639,11 +649,18 @@ class Runner:
         count, stacked = load_stacked(path_of(request, "inputs"))
         feeds = [prepared(model, stacked, i) for i in range(count)]
         first_ns = timed(model, feeds[0])[1]
-        warmup_ns = [timed(model, feeds[i % count])[1] for i in range(warmup)]
+        others = [self.build(spec) for _ in range(1, streams or 1)]
+        for other in others:
+            timed(other, prepared(other, stacked, 0))
+        warmup_ns, is_steady = warm_up(model, feeds, warmup, steady)
         environment.append(sample_environment(paths, commands))
         limits = (runs, int(seconds * 1e9), int(most * 1e9))
         sampler = (every_ns, lambda: environment.append(sample_environment(paths, commands)))
-        starts, samples = guarded(measure, model, feeds, limits, sampler)
+        if streams is None:
+            starts, samples = guarded(measure, model, feeds, limits, sampler)
+        else:
+            each = [feeds, *([prepared(other, stacked, i) for i in range(count)] for other in others)]
+            starts, samples = guarded(measure_streams, [model, *others], each, limits, sampler)
         rss_after = peak_rss_kib()
         environment.append(sample_environment(paths, commands))
         return {
@@ -651,7 +668,7 @@ class Runner:
             "import_ns": imported - begin,
             "load_ns": loaded - imported,
             "first_ns": first_ns,
-            "warmup_ns": warmup_ns,
+            "warmup_ns": list(warmup_ns),
             "samples_ns": list(samples),
             "starts_ns": list(starts),
             "environment": environment,
@@ -660,6 +677,9 @@ class Runner:
             "max_rss_kib_after": rss_after,
             "clock": "perf_counter_ns",
             "clock_resolution_ns": round(time.get_clock_info("perf_counter").resolution * 1e9),
+            "steady": is_steady,
+            "cpus": sorted(os.sched_getaffinity(0)),
+            "nice": os.getpriority(os.PRIO_PROCESS, 0),
         }
 
     # --- models ---
@@ -686,23 +706,27 @@ class Runner:
     def load(self, spec: Request) -> Any:
         key = json.dumps(spec, sort_keys=True)
         if key not in self.models:
-            kind = self.import_runtime(spec)
-            threads, options = field(spec, "threads", int), dict(kind.OPTIONS)
-            files = {name: path_of(field(spec, "files", dict), name) for name in field(spec, "files", dict)}
-            for name, value in field(spec, "options", dict).items():
-                if name not in options or type(value) is not type(options[name]):
-                    known = ", ".join("%s (%s)" % (key, type(v).__name__) for key, v in options.items())
-                    raise Refused("bad-request", "option %s = %.40r is not known; known: %s" % (name, value, known))
-                options[name] = value
-            if threads < 1 or "model" not in files:
-                raise Refused("bad-request", "a model needs files.model and at least one thread")
-            for path in files.values():
-                if not os.path.isfile(path):
-                    raise Refused("missing", "%s: not there" % path)
             while len(self.models) >= KEPT_MODELS:
                 del self.models[next(iter(self.models))]
-            self.models[key] = guarded(kind, files, options, threads)
+            self.models[key] = self.build(spec)
         return self.models[key]
+
+    def build(self, spec: Request) -> Any:
+        """The model, newly made."""
+        kind = self.import_runtime(spec)
+        threads, options = field(spec, "threads", int), dict(kind.OPTIONS)
+        files = {name: path_of(field(spec, "files", dict), name) for name in field(spec, "files", dict)}
+        for name, value in field(spec, "options", dict).items():
+            if name not in options or type(value) is not type(options[name]):
+                known = ", ".join("%s (%s)" % (key, type(v).__name__) for key, v in options.items())
+                raise Refused("bad-request", "option %s = %.40r is not known; known: %s" % (name, value, known))
+            options[name] = value
+        if threads < 1 or "model" not in files:
+            raise Refused("bad-request", "a model needs files.model and at least one thread")
+        for path in files.values():
+            if not os.path.isfile(path):
+                raise Refused("missing", "%s: not there" % path)
+        return guarded(kind, files, options, threads)
 
 
 def check_feed(model: Any, feed: Arrays) -> None:
@@ -723,6 +747,61 @@ def prepared(model: Any, stacked: Arrays, index: int) -> Any:
     feed = {name: numpy.ascontiguousarray(value[index]) for name, value in stacked.items()}
     check_feed(model, feed)
     return model.prepare(feed)
+
+
+def settle(request: Request) -> None:
+    """Move this process to the processors and the priority that the request asks for; threads made later follow."""
+    cpus, nice = field(request, "cpus", list, None), field(request, "nice", int, None)
+    if cpus is not None:
+        if not cpus or not all(type(number) is int for number in cpus):
+            raise Refused("bad-request", "'cpus' is %.60r; expected a list of processor numbers" % (cpus,))
+        try:
+            os.sched_setaffinity(0, cpus)
+        except (OSError, ValueError, OverflowError):
+            here = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise Refused("bad-request", "no processors %s here; there are: %s" % (cpus, here)) from None
+        if os.sched_getaffinity(0) != set(cpus):
+            raise Refused("bad-request", "of the processors %s only %s are here" % (cpus, os.sched_getaffinity(0)))
+    if nice is not None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        except OSError as error:
+            raise Refused("bad-request", "the priority (nice) %d: %s" % (nice, error.strerror)) from None
+
+
+def steady_test(request: Request) -> Optional[Tuple[int, int, float, int]]:
+    """(ns of a block, blocks, largest coefficient of variation, ns in all), or None."""
+    asked = field(request, "steady", dict, None)
+    if asked is None:
+        return None
+    block_ms, tolerance, most = (field(asked, name, (int, float)) for name in ("block_ms", "tolerance", "max_seconds"))
+    return int(block_ms * 1e6), max(2, field(asked, "blocks", int)), float(tolerance), int(most * 1e9)
+
+
+def warm_up(
+    model: Any, feeds: List[Any], least: int, steady: Optional[Tuple[int, int, float, int]]
+) -> Tuple[array.array[int], Optional[bool]]:
+    """Every time in ns, and whether they became steady (None: nobody asked); the test: docs/benchmarking.md."""
+    times, count = array.array("q"), len(feeds)
+    if steady is None:
+        times.extend(timed(model, feeds[i % count])[1] for i in range(least))
+        return times, None
+    block_ns, blocks, tolerance, most_ns = steady
+    medians: List[float] = []
+    began = time.perf_counter_ns()
+    while True:
+        begin, spent = len(times), 0
+        while spent < block_ns or begin == len(times):
+            times.append(timed(model, feeds[len(times) % count])[1])
+            spent += times[-1]
+        medians.append(float(sorted(times[begin:])[(len(times) - begin) // 2]))
+        last = medians[-blocks:]
+        mean = sum(last) / len(last)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in last) / max(len(last) - 1, 1))
+        if len(times) >= least and len(last) == blocks and spread <= tolerance * mean:
+            return times, True
+        if time.perf_counter_ns() - began >= most_ns or len(times) >= MAX_SAMPLES:
+            return times, False
 
 
 def timed(model: Any, feed: Any) -> Tuple[Any, int]:
@@ -755,6 +834,52 @@ def measure(model: Any, feeds: List[Any], limits: Tuple[int, int, int], sampler:
                 sampled = clock()
     finally:
         gc.enable()
+
+
+def measure_streams(
+    models: List[Any], feeds: List[List[Any]], limits: Tuple[int, int, int], sampler: Tuple[int, Callable[[], None]]
+) -> Any:
+    """As `measure`, of all models at once, a thread each; in the order in which they began."""
+    (runs, least_ns, most_ns), (every_ns, sample) = limits, sampler
+    records = [(array.array("q"), array.array("q")) for _ in models]
+    failures: List[BaseException] = []
+    stop = threading.Event()
+
+    def work(model: Any, own: List[Any], record: Tuple[array.array[int], array.array[int]]) -> None:
+        run, clock, count, (starts, samples) = model.run, time.perf_counter_ns, len(own), record
+        most = MAX_SAMPLES // len(models)
+        try:
+            while not stop.is_set() and len(samples) < most:
+                start = clock()
+                run(own[len(samples) % count])
+                samples.append(clock() - start)
+                starts.append(start)
+        except BaseException as error:  # noqa: BLE001  # it is raised where the others are waited for
+            failures.append(error)
+            stop.set()
+
+    threads = [
+        threading.Thread(target=work, args=each, daemon=True)
+        for each in zip(models, feeds, records)  # noqa: B905  # Python 3.9 has no strict=
+    ]
+    began = sampled = time.perf_counter_ns()
+    for thread in threads:
+        thread.start()
+    while not stop.wait(0.01):
+        now, done = time.perf_counter_ns(), sum(len(samples) for _, samples in records)
+        over = now - began >= most_ns or not any(thread.is_alive() for thread in threads)
+        if (done >= runs and now - began >= least_ns) or over:
+            break
+        if now - sampled >= every_ns:
+            sample()
+            sampled = time.perf_counter_ns()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    pairs = sorted((start, taken) for starts, samples in records for start, taken in zip(starts, samples))  # noqa: B905
+    return [start for start, _ in pairs], [taken for _, taken in pairs]
 
 
 def wanted_names(model: Any, fetch: Optional[List[str]]) -> List[str]:
