@@ -12,6 +12,7 @@ from edgepack.bench.environment import Environment
 from edgepack.bench.machine import Machine
 from edgepack.bench.statistics import CONFIDENCE, Rate, Summary, rate_of, summarise
 from edgepack.bench.verdict import Verdict
+from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import BudgetPart
 from edgepack.errors import GateMissedError
 from edgepack.protocol import Health, Measured
@@ -29,6 +30,32 @@ class BundleRef:
     """Of its manifest.json: the bundle's identity."""
     name: str
     target: str
+    precision: str
+    model_bytes: int
+    metric: str | None
+    """Of the build's gate; None, like what follows, where nothing was judged, as in a bundle of the fp32 model."""
+    value: float | None
+    drop: float | None
+    """How much worse than fp32, in the metric's own unit."""
+    is_share: bool | None
+
+    @staticmethod
+    def of(bundle: Bundle) -> BundleRef:
+        manifest = bundle.manifest
+        verdict = manifest.accuracy.verdict if manifest.accuracy is not None else {}
+        value, drop, metric, is_share = (verdict.get(name) for name in ("value", "drop", "metric", "is_share"))
+        return BundleRef(
+            path=str(bundle.path),
+            digest=bundle.digest,
+            name=manifest.name,
+            target=manifest.target.name,
+            precision=manifest.model.precision,
+            model_bytes=manifest.sizes.model,
+            metric=metric if isinstance(metric, str) else None,
+            value=float(value) if isinstance(value, int | float) else None,
+            drop=float(drop) if isinstance(drop, int | float) else None,
+            is_share=is_share if isinstance(is_share, bool) else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +81,7 @@ class Settings:
     """Inferences at once."""
     batch: int = 1
     """Samples in one inference."""
-    cpus: tuple[int, ...] = ()
+    affinity: tuple[int, ...] = ()
     """Processors that it could run on."""
     nice: int = 0
 
@@ -65,6 +92,11 @@ class Repeat:
 
     count: int
     p50_ms: float
+    p90_ms: float | None
+    """None, as p99_ms, where this process has too few samples for it."""
+    p99_ms: float | None
+    per_s: float
+    """Samples per second, where the device was kept busy (offline)."""
     import_ms: float
     load_ms: float
     first_ms: float
@@ -118,14 +150,14 @@ class BenchmarkResult:
 
     @property
     def repeats(self) -> tuple[Repeat, ...]:
-        return tuple(_repeat(run) for run in self.runs)
+        return tuple(_repeat(run, self.settings.batch) for run in self.runs)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The document of `bench --json` (docs/json.md)."""
         memory, latency, rate, energy = self.memory, self.latency_ms, self.throughput, self.energy
         return {
             "bundle": asdict(self.bundle),
-            "device": _device(self.device),
+            "device": device_document(self.device),
             "emulated": self.emulated,
             "threads": self.threads,
             "runtime": self.runtime,
@@ -167,11 +199,17 @@ def _memory(run: Measured) -> Memory | None:
     )
 
 
-def _repeat(run: Measured) -> Repeat:
+def _repeat(run: Measured, batch: int) -> Repeat:
     memory = _memory(run)
+    percentiles = summarise([ns / 1e6 for ns in run.samples_ns]).percentiles
+    p90, p99 = percentiles["p90"], percentiles["p99"]
+    ended = max(start + taken for start, taken in zip(run.starts_ns, run.samples_ns, strict=True))
     return Repeat(
         count=len(run.samples_ns),
         p50_ms=statistics.median(run.samples_ns) / 1e6,
+        p90_ms=None if p90 is None else p90.value,
+        p99_ms=None if p99 is None else p99.value,
+        per_s=batch * len(run.samples_ns) / max((ended - run.starts_ns[0]) / 1e9, 1e-9),
         import_ms=run.import_ns / 1e6,
         load_ms=run.load_ns / 1e6,
         first_ms=run.first_ns / 1e6,
@@ -180,7 +218,7 @@ def _repeat(run: Measured) -> Repeat:
     )
 
 
-def _device(machine: Machine) -> dict[str, object]:
+def device_document(machine: Machine) -> dict[str, object]:
     return {key: value for key, value in asdict(machine).items() if key not in ("cpu_flags", "has_vcgencmd")}
 
 

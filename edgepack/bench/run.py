@@ -75,12 +75,7 @@ def measure(ready: Ready, conduct: Conduct, *, say: Callable[[str], None] = sile
             steady=all(run.steady is not False for run in measured),
         )
     return BenchmarkResult(
-        bundle=BundleRef(
-            path=str(ready.bundle.path),
-            digest=ready.bundle.digest,
-            name=manifest.name,
-            target=manifest.target.name,
-        ),
+        bundle=BundleRef.of(ready.bundle),
         device=machine,
         emulated=ready.transport.emulated,
         threads=ready.model.threads,
@@ -95,7 +90,7 @@ def measure(ready: Ready, conduct: Conduct, *, say: Callable[[str], None] = sile
             scenario=conduct.scenario,
             streams=order.streams or 1,
             batch=_batch(ready.bundle),
-            cpus=measured[0].cpus if measured else (),
+            affinity=measured[0].cpus if measured else (),
             nice=measured[0].nice if measured else 0,
         ),
     )

@@ -299,12 +299,12 @@ def bench_page(result: BenchmarkResult) -> str:
     else:
         for name, percentile in latency.percentiles.items():
             text = (
-                f"{_ms(percentile.value)} ms [{_ms(percentile.low)}, {_ms(percentile.high)}]"
+                f"{ms_text(percentile.value)} ms [{ms_text(percentile.low)}, {ms_text(percentile.high)}]"
                 if percentile
                 else "too few samples to tell"
             )
             lines.append(f"  {name.replace('_', '.'):<9} {text}")
-        lines.append(f"  mean      {_ms(latency.mean)} ms, {latency.count} samples")
+        lines.append(f"  mean      {ms_text(latency.mean)} ms, {latency.count} samples")
         lines += _measured_lines(result)
     lines += [f"  note      {note}" for note in result.notes]
     return "\n".join(lines)
@@ -323,7 +323,7 @@ def _measured_lines(result: BenchmarkResult) -> list[str]:
         f"first inference {result.once('first_ms'):.1f} ms"
     )
     if len(result.repeats) > 1:
-        medians = ", ".join(_ms(repeat.p50_ms) for repeat in result.repeats)
+        medians = ", ".join(ms_text(repeat.p50_ms) for repeat in result.repeats)
         lines.append(f"  processes medians {medians} ms")
     if result.memory is not None:
         lines.append(f"  memory    {result.memory.peak:.1f} MiB peak, of which inference {result.memory.inference:.1f}")
@@ -336,9 +336,17 @@ def _measured_lines(result: BenchmarkResult) -> list[str]:
     return lines
 
 
-def _ms(value: float) -> str:
+def ms_text(value: float) -> str:
     """Three decimals, more below a tenth of a millisecond."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.5f}"
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    return _text(table)
 
 
 def _table(*columns: str) -> Table:

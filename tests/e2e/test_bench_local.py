@@ -59,6 +59,12 @@ def test_a_bundle_is_installed_proved_and_timed_and_the_second_time_nothing_is_u
         "digest": digest_bytes(bundle.manifest_bytes),
         "name": "small",
         "target": "here",
+        "precision": "fp32",
+        "model_bytes": 1,
+        "metric": None,
+        "value": None,
+        "drop": None,
+        "is_share": None,
     }
     assert document["device"]["name"] == "local" and document["device"]["memory_mib"] > 100
     latency = document["latency_ms"]
