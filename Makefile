@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.agreement
 	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.regression_gate
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

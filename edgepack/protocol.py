@@ -177,6 +177,46 @@ class Measured:
     nice: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """What one node of the model took in all profiled runs."""
+
+    name: str
+    op: str
+    kernel: str
+    """onnxruntime: the execution provider; OpenVINO: the kernel, such as brgconv_avx512_I8."""
+    ns: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    runs: int
+    wall_ns: tuple[int, ...]
+    """Of each run, with the profiler on: longer than without."""
+    operators: tuple[Operator, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfCheckTimes:
+    """What the measuring itself takes."""
+
+    resolution_ns: int
+    clock_ns: tuple[int, ...]
+    empty_ns: tuple[int, ...]
+    sample_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    held: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    restored: Mapping[str, str]
+
+
 T = TypeVar("T")
 
 
@@ -271,6 +311,24 @@ class RunnerClient:
         }
         warming_s = 0.0 if order.steady is None else order.steady.max_seconds
         return self._ask("bench", request, Measured, LOAD_TIMEOUT_S + 2 * (order.max_seconds + warming_s))
+
+    def profile(self, model: ModelRef, inputs: str, runs: int) -> Profile:
+        """What each operator takes, in a model of its own with the runtime's profiler on."""
+        request = {"model": asdict(model), "inputs": inputs, "runs": runs}
+        return self._ask("profile", request, Profile, 2 * LOAD_TIMEOUT_S)
+
+    def self_check(self, runs: int, files: Sequence[str], commands: Sequence[Sequence[str]] = ()) -> SelfCheckTimes:
+        """What the timer and the loop of `bench` take themselves."""
+        sample = {"files": list(files), "commands": [list(argv) for argv in commands]}
+        return self._ask("selfcheck", {"runs": runs, "sample": sample}, SelfCheckTimes, LOAD_TIMEOUT_S)
+
+    def hold(self, files: Sequence[str], value: str) -> Held:
+        """Keep `value` in the files until `release` or the runner's end, however it ends."""
+        return self._ask("hold", {"files": list(files), "value": value}, Held, PROBE_TIMEOUT_S)
+
+    def release(self) -> Restored:
+        """Put back what was there before each `hold`."""
+        return self._ask("release", {}, Restored, PROBE_TIMEOUT_S)
 
     def close(self) -> None:
         """End the runner. Idempotent."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from edgepack.bench.conditions import cool_down, pinned_governor
 from edgepack.bench.conduct import Conduct
 from edgepack.bench.gate import Change, Check, Condition, accuracy_change, judge_condition, nothing, size_change
 from edgepack.bench.install import ROOT, UploadProgress
@@ -111,17 +112,19 @@ def compare_bundles(
     second = make_ready(candidate, transport, threads=wanted, root=root, say=say, progress=progress)
     order = _order(second, conduct, conditions)
     say(f"comparing in turns (A B B A), for {order.max_seconds:g} s at most")
-    speed = compare_on(
-        transport,
-        first.model,
-        second.model,
-        python=second.contact.python,
-        runner=second.place.runner,
-        inputs=first.inputs,
-        candidate_inputs=second.inputs,
-        order=order,
-        fresh=True,
-    )
+    cool_down(second, conduct.cooldown_c, say=say)
+    with pinned_governor(second, conduct.governor, say=say):
+        speed = compare_on(
+            transport,
+            first.model,
+            second.model,
+            python=second.contact.python,
+            runner=second.place.runner,
+            inputs=first.inputs,
+            candidate_inputs=second.inputs,
+            order=order,
+            fresh=True,
+        )
     return Comparison(
         baseline=BundleRef.of(baseline),
         candidate=BundleRef.of(candidate),

@@ -28,6 +28,12 @@ class Conduct:
     """Offline: inferences at once; None is as many as the device's processors can give their threads to."""
     cpus: tuple[int, ...] | None = None
     nice: int | None = None
+    cooldown_c: float | None = None
+    """Wait until the device is no hotter, before it is measured."""
+    governor: str | None = None
+    """Frequency governor to run by meanwhile, as a rule `performance`."""
+    profile: bool = False
+    """Also time each operator, in a run of its own."""
 
 
 def read_scenario(text: str, streams: int | None) -> Scenario:

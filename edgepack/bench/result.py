@@ -15,7 +15,7 @@ from edgepack.bench.verdict import Verdict
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import BudgetPart
 from edgepack.errors import GateMissedError
-from edgepack.protocol import Health, Measured
+from edgepack.protocol import Health, Measured, Profile
 
 RECORD_BYTES = 16
 """That the runner keeps of one inference: when it began and how long it took, 64 bits each."""
@@ -121,6 +121,8 @@ class BenchmarkResult:
     notes: tuple[str, ...]
     budget: BudgetPart
     settings: Settings = field(default_factory=Settings)
+    profile: Profile | None = None
+    """None where nobody asked, or on an emulated device."""
 
     @property
     def samples_ns(self) -> list[int]:
@@ -172,6 +174,7 @@ class BenchmarkResult:
             "first_ms": self.once("first_ms"),
             "memory_mib": None if memory is None else memory.peak,
             "memory": None if memory is None else asdict(memory),
+            "operators": None if self.profile is None else _operators(self.profile),
             "energy": None if energy is None else asdict(energy),
             "health": asdict(self.health),
             "environment": None if self.environment is None else asdict(self.environment),
@@ -183,6 +186,22 @@ class BenchmarkResult:
         """What happens once in a process (import_ms, load_ms, first_ms): the median over processes."""
         values = [float(getattr(repeat, name)) for repeat in self.repeats]
         return statistics.median(values) if values else None
+
+
+def _operators(profile: Profile) -> list[dict[str, Any]]:
+    """What each operator takes of an inference with the profiler on, the longest first."""
+    total = sum(operator.ns for operator in profile.operators) or 1
+    ordered = sorted(profile.operators, key=lambda operator: -operator.ns)
+    return [
+        {
+            "name": operator.name,
+            "op": operator.op,
+            "kernel": operator.kernel,
+            "ms": operator.ns / profile.runs / 1e6,
+            "share": operator.ns / total,
+        }
+        for operator in ordered
+    ]
 
 
 def _memory(run: Measured) -> Memory | None:

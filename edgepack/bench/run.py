@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from edgepack.bench.conditions import cool_down, pinned_governor
 from edgepack.bench.conduct import Conduct
 from edgepack.bench.energy import PMIC
 from edgepack.bench.environment import SAMPLE_COMMANDS, SAMPLE_FILES, read_environment
@@ -14,7 +15,7 @@ from edgepack.bench.ready import Ready, make_ready, silent
 from edgepack.bench.result import BenchmarkResult, BundleRef, Settings
 from edgepack.bench.verdict import EMULATED, judge
 from edgepack.bundle.bundle import Bundle
-from edgepack.protocol import BenchOrder, Measured, SteadyTest
+from edgepack.protocol import BenchOrder, Measured, Profile, SteadyTest
 from edgepack.transports.base import Transport
 
 MAX_STRETCH, MIN_MAX_SECONDS = 10.0, 60.0
@@ -23,6 +24,7 @@ WARM_UP_BLOCK_MS, WARM_UP_BLOCKS, WARM_UP_TOLERANCE = 50.0, 5, 0.02
 """Steady: five blocks in a row whose medians vary by 2 % (Georges, Buytaert & Eeckhout, "Statistically Rigorous Java
 Performance Evaluation", OOPSLA 2007, section 4.2, which takes single iterations and 1 or 2 %; medians of blocks, since
 single inferences have tails that never pass)."""
+PROFILED_RUNS = 50
 MIN_WARM_UP_S = 5.0
 """A warm-up that does not get steady goes on as long as the measurement, and so long at least."""
 
@@ -57,11 +59,15 @@ def measure(ready: Ready, conduct: Conduct, *, say: Callable[[str], None] = sile
     """Time a bundle that is ready, in new processes: load time and memory are then the model's own."""
     manifest, machine = ready.bundle.manifest, ready.machine
     measured: tuple[Measured, ...] = ()
+    profile: Profile | None = None
     order = _order(ready, conduct)
     if not ready.transport.emulated:
+        cool_down(ready, conduct.cooldown_c, say=say)
         each = f"{order.runs} runs and {order.seconds:g} s"
         say(f"measuring: warming up until steady, then at least {each}, in each of {conduct.repeats} processes")
-        measured = tuple(_measure_once(ready, order) for _ in range(conduct.repeats))
+        with pinned_governor(ready, conduct.governor, say=say):
+            measured = tuple(_measure_once(ready, order) for _ in range(conduct.repeats))
+            profile = _profile(ready) if conduct.profile else None
     environment, verdict = None, EMULATED
     wanted_runs = manifest.bench.runs if conduct.runs is None else conduct.runs
     if measured:
@@ -86,6 +92,7 @@ def measure(ready: Ready, conduct: Conduct, *, say: Callable[[str], None] = sile
         environment=environment,
         notes=ready.notes,
         budget=manifest.budget,
+        profile=profile,
         settings=Settings(
             scenario=conduct.scenario,
             streams=order.streams or 1,
@@ -99,6 +106,11 @@ def measure(ready: Ready, conduct: Conduct, *, say: Callable[[str], None] = sile
 def _measure_once(ready: Ready, order: BenchOrder) -> Measured:
     with ready.runner() as runner:
         return runner.bench(ready.model, ready.inputs, order)
+
+
+def _profile(ready: Ready) -> Profile:
+    with ready.runner() as runner:
+        return runner.profile(ready.model, ready.inputs, PROFILED_RUNS)
 
 
 def _batch(bundle: Bundle) -> int:

@@ -24,7 +24,7 @@ MAX_S = 86_400.0
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A .edgepack file.")],
+    bundle: Annotated[Path | None, typer.Argument(help="A .edgepack file.")] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -53,6 +53,16 @@ def bench(
     priority: Annotated[
         int | None, typer.Option(min=-20, max=19, help="Nice value; below 0 needs root on the device.")
     ] = None,
+    cooldown: Annotated[
+        float | None, typer.Option(min=0.0, max=150.0, help="Wait until no thermal zone is above this, in degrees C.")
+    ] = None,
+    pin_governor: Annotated[
+        str | None, typer.Option(help="Run by this frequency governor, say performance, and put the old one back.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also time each operator, in a run of its own.")] = False,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Measure the measuring on the device; takes no bundle.")
+    ] = False,
     against: Annotated[
         Path | None, typer.Option("--against", help="Another bundle: time both in turns, and give the ratio.")
     ] = None,
@@ -83,6 +93,7 @@ def bench(
       edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --cpus 2,3 --json
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
       edgepack bench dist/NAME-rpi4.edgepack -d pi --against dist/NAME-rpi4.fp32.edgepack
+      edgepack bench --self-check --device pi
       edgepack bench dist/NAME-rpi4.edgepack -d pi --baseline last --fail-if 'p50 > +3%' --fail-if 'size > +0%'
     """
     from edgepack.bench.against import check_conditions
@@ -90,6 +101,7 @@ def bench(
     from edgepack.bench.history import history_path
     from edgepack.bench.regression import read_request
     from edgepack.bundle.bundle import open_bundle
+    from edgepack.errors import UsageError
     from edgepack.transports.resolve import open_transport
 
     conduct = Conduct(
@@ -101,10 +113,19 @@ def bench(
         streams=streams,
         cpus=None if cpus is None else read_cpus(cpus),
         nice=priority,
+        cooldown_c=cooldown,
+        governor=pin_governor,
+        profile=profile,
     )
     request = read_request(
         fail_if or (), baseline=baseline, against=against is not None, accept_unresolved=accept_unresolved
     )
+    if (bundle is None) != self_check:
+        raise UsageError("give a bundle to measure, or --self-check, which takes none")
+    if bundle is None:
+        found = open_transport(device, inventory_path=inventory, accept_new_host_key=accept_new_host_key, say=say)
+        _check_self(found, as_json)
+        return
     opened = open_bundle(bundle)
     opened.verify()
     other = None if against is None else open_bundle(against)
@@ -134,13 +155,6 @@ class _Job(NamedTuple):
     kept: bool
     as_json: bool
 
-    @property
-    def root(self) -> str:
-        from edgepack.bench.install import ROOT
-        from edgepack.store import cache_folder
-
-        return str(cache_folder() / "device") if self.transport.name == "local" else ROOT
-
 
 def _measure(job: _Job, bundle: Bundle) -> list[EdgepackError]:
     """Measure, print and keep; gives what is wrong with the result."""
@@ -148,7 +162,7 @@ def _measure(job: _Job, bundle: Bundle) -> list[EdgepackError]:
     from edgepack.bench.regression import check_result, find_baseline
     from edgepack.bench.result import require_budgets
     from edgepack.bench.run import benchmark
-    from edgepack.report.measured import checks_lines
+    from edgepack.report.measured import checks_lines, operators_table
     from edgepack.report.tables import bench_page
 
     baseline = find_baseline(job.request, job.history, bundle, job.transport.name)
@@ -157,13 +171,14 @@ def _measure(job: _Job, bundle: Bundle) -> list[EdgepackError]:
         job.transport,
         threads=job.threads,
         conduct=job.conduct,
-        root=job.root,
+        root=_root(job.transport),
         say=say,
         progress=_progress,
     )
     document = result.to_json()
     checks = [] if baseline is None else check_result(job.request, baseline, document)
-    text = "\n".join([bench_page(result), *checks_lines(checks)])
+    operators = document["operators"]
+    text = "\n".join([bench_page(result), *([operators_table(operators)] if operators else []), *checks_lines(checks)])
     errors = _show(job, document, "bench", checks, text)
     for demand in (
         lambda: require_budgets(result),
@@ -186,7 +201,7 @@ def _compare(job: _Job, bundle: Bundle, baseline: Bundle) -> list[EdgepackError]
         threads=job.threads,
         conduct=job.conduct,
         conditions=job.request.conditions,
-        root=job.root,
+        root=_root(job.transport),
         say=say,
         progress=_progress,
     )
@@ -209,6 +224,30 @@ def _show(job: _Job, document: dict[str, Json], kind: str, checks: Sequence[Chec
     else:
         typer.echo(text if kept is None else f"{text}\n  history   {kept}")
     return [] if error is None else [error]
+
+
+def _check_self(transport: Transport, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from edgepack.bench.selfcheck import self_check
+    from edgepack.report.measured import self_check_page
+
+    try:
+        found = self_check(transport, root=_root(transport))
+    finally:
+        transport.close()
+    if as_json:
+        show_json(asdict(found))
+    else:
+        typer.echo(self_check_page(found))
+
+
+def _root(transport: Transport) -> str:
+    """The device's folder for edgepack; on this machine it lies in the cache."""
+    from edgepack.bench.install import ROOT
+    from edgepack.store import cache_folder
+
+    return str(cache_folder() / "device") if transport.name == "local" else ROOT
 
 
 def _caught(demand: Callable[[], None]) -> list[EdgepackError]:

@@ -49,6 +49,15 @@ bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample
          variation of `tolerance` or less, or max_seconds are over (then steady is false). With streams, so many
          models are loaded, and as many threads run them at once: samples overlap, and count together. cpus and nice
          hold for the whole process from then on; given back is what the kernel says they are.
+profile  {model, inputs: npz stacked, runs} -> {runs, wall_ns: [...], operators: [{name, op, kernel, ns, count}]}
+         A model of its own, with the runtime's profiler on; after a first run that is left out. ns is of all runs.
+selfcheck {runs, sample: {files, commands}} -> {resolution_ns, clock_ns: [...], empty_ns: [...], sample_ns: [...]}
+         The smallest step of the clock; two readings of it in a row; bench's own loop over a model that does nothing;
+         one reading of the environment.
+hold     {files: [glob], value} -> {held: {path: text before}}
+         Writes value to the files and keeps it there until `release` or the end of this process, also by SIGKILL: a
+         child that only waits for that writes back what was there.
+release  {} -> {restored: {path: text now}}
 """
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
@@ -77,6 +86,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -89,6 +99,7 @@ MAX_TEXT_BYTES = 1 << 20  # one file read for the host: /proc/cpuinfo of 256 pro
 COMMAND_TIMEOUT_S = 5.0
 MAX_SAMPLES = 1_000_000  # of one bench; 16 bytes each while it runs
 MAX_STREAMS = 256
+MAX_PROFILED = 10_000  # runs; a profile keeps every operator of each until its end
 KEPT_MODELS = 2  # the judge compares two; more would crowd a small board
 BEST_SQNR_DB = 300.0  # beyond what float64 can tell apart
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/vc/bin"  # vcgencmd once lived in the last
@@ -97,6 +108,36 @@ ORT_TYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bool": "bool", "int8": "int8", "uint8": "uint8",
     "int16": "int16", "uint16": "uint16", "int32": "int32", "uint32": "uint32", "int64": "int64", "uint64": "uint64",
 }  # fmt: skip
+
+# What `hold` starts: it says what was there before, waits for the end of its input, and writes that back.
+HOLDER = """
+import json, signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+value, before, problem = sys.argv[1], {}, None
+def read(path):
+    with open(path) as file:
+        return file.read().strip()
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+try:
+    for path in sys.argv[2:]:
+        before[path] = read(path)
+        write(path, value)
+        if read(path) != value:
+            problem = "%s: stays %s" % (path, read(path))
+except OSError as error:
+    problem = "%s: cannot be set to %s: %s" % (path, value, error.strerror)
+print(json.dumps([before, problem]), flush=True)
+if problem is None:
+    sys.stdin.read()
+for path, text in before.items():
+    try:
+        write(path, text)
+    except OSError:
+        pass
+"""
 
 Request = Dict[str, Any]
 Arrays = Dict[str, Any]
@@ -431,9 +472,13 @@ class OnnxRuntime:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.enable_cpu_mem_arena = options["arena"]
         settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options["allow_spinning"])))
+        self.adjust(settings)
         self.session = onnxruntime.InferenceSession(files["model"], settings, providers=["CPUExecutionProvider"])
         self.inputs = {node.name: ORT_TYPES.get(node.type[7:-1]) for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
+
+    def adjust(self, settings: Any) -> None:
+        """For who wants more of a session than to run."""
 
     def knows(self, name: str) -> bool:
         return name in self.outputs
@@ -450,6 +495,7 @@ class OnnxRuntime:
 
 class OpenVino:
     OPTIONS: ClassVar[Dict[str, Any]] = {"device": "CPU", "precision": "f32"}
+    MORE: ClassVar[Dict[str, Any]] = {}
 
     def __init__(self, files: Dict[str, str], options: Dict[str, Any], threads: int) -> None:
         import openvino
@@ -457,7 +503,7 @@ class OpenVino:
         device = options["device"]
         if not re.fullmatch(r"(CPU|NPU|GPU)(\.\d+)?", device):  # AUTO and HETERO turn one device silently into another
             raise Refused("bad-request", "the OpenVINO device %.40r is not one of CPU, NPU, GPU" % device)
-        wanted = {"INFERENCE_PRECISION_HINT": options["precision"], "PERFORMANCE_HINT": "LATENCY"}
+        wanted = {"INFERENCE_PRECISION_HINT": options["precision"], "PERFORMANCE_HINT": "LATENCY", **self.MORE}
         if device == "CPU":
             wanted.update(INFERENCE_NUM_THREADS=threads, NUM_STREAMS=1)
         core = openvino.Core()
@@ -488,6 +534,66 @@ class OpenVino:
 RUNTIMES: Dict[str, Any] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
 
 
+# --- the same with their profilers on: operators() ends it and gives what the runs since the first one took ---
+
+
+class ProfiledOnnxRuntime(OnnxRuntime):
+    def adjust(self, settings: Any) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="edgepack-profile-")
+        settings.enable_profiling = True
+        settings.profile_file_prefix = os.path.join(self.folder.name, "p")
+
+    def operators(self) -> List[Dict[str, Any]]:
+        with open(self.session.end_profiling(), "rb") as file:
+            events = json.load(file)
+        self.folder.cleanup()
+        runs = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+        found: Dict[str, Dict[str, Any]] = {}
+        for event in events:
+            name = event.get("name", "")
+            if event.get("cat") == "Node" and name.endswith("_kernel_time") and event["ts"] >= runs[1]:
+                more = event["args"]
+                add_time(found, name[: -len("_kernel_time")], more.get("op_name"), more.get("provider"), event["dur"])
+        return list(found.values())
+
+
+class ProfiledOpenVino(OpenVino):
+    MORE: ClassVar[Dict[str, Any]] = {"PERF_COUNT": True}
+
+    def __init__(self, files: Dict[str, str], options: Dict[str, Any], threads: int) -> None:
+        super().__init__(files, options, threads)
+        self.found: Dict[str, Dict[str, Any]] = {}
+        self.runs = 0
+
+    def run(self, feed: Any) -> Any:
+        raw = super().run(feed)
+        self.runs += 1
+        for node in self.request.get_profiling_info() if self.runs > 1 else ():
+            if node.real_time.total_seconds() > 0:
+                us = node.real_time.total_seconds() * 1e6
+                add_time(self.found, node.node_name, node.node_type, node.exec_type, us)
+        return raw
+
+    def operators(self) -> List[Dict[str, Any]]:
+        return list(self.found.values())
+
+
+PROFILERS: Dict[str, Any] = {"onnxruntime": ProfiledOnnxRuntime, "openvino": ProfiledOpenVino}
+
+
+def add_time(found: Dict[str, Dict[str, Any]], name: str, op: Any, kernel: Any, us: float) -> None:
+    entry = found.setdefault(name, {"name": name, "op": str(op), "kernel": str(kernel), "ns": 0, "count": 0})
+    entry["ns"] += int(us * 1000)
+    entry["count"] += 1
+
+
+class Nothing:
+    """A model that takes no time: what is measured of it is the measuring."""
+
+    def run(self, feed: Any) -> None:
+        return None
+
+
 def guarded(call: Callable[..., Any], *args: Any) -> Any:
     """`call(*args)`; whatever a runtime throws (each has classes of its own) becomes data."""
     try:
@@ -506,6 +612,7 @@ class Runner:
     def __init__(self) -> None:
         self.lib: Optional[str] = None
         self.models: Dict[str, Any] = {}
+        self.holders: List[Any] = []
 
     def answer(self, line: bytes) -> Dict[str, Any]:
         number = None
@@ -682,6 +789,67 @@ class Runner:
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
         }
 
+    def profile(self, request: Request) -> Dict[str, Any]:
+        spec, runs = field(request, "model", dict), field(request, "runs", int)
+        kind = PROFILERS.get(field(spec, "runtime", str))
+        if kind is None:
+            raise Refused("bad-request", "no profile of %.40r; of: %s" % (spec["runtime"], ", ".join(PROFILERS)))
+        if not 1 <= runs <= MAX_PROFILED:
+            raise Refused("bad-request", "'runs' is %d; expected 1 to %d" % (runs, MAX_PROFILED))
+        count, stacked = load_stacked(path_of(request, "inputs")) if self.import_runtime(spec) else (0, {})
+        model = self.build(spec, kind)
+        feeds = [prepared(model, stacked, i) for i in range(count)]
+        taken = [timed(model, feeds[i % count])[1] for i in range(runs + 1)]
+        return {"runs": runs, "wall_ns": taken[1:], "operators": guarded(model.operators)}
+
+    def selfcheck(self, request: Request) -> Dict[str, Any]:
+        runs, sample, clock = field(request, "runs", int), field(request, "sample", dict), time.perf_counter_ns
+        if not 1 <= runs <= MAX_SAMPLES:
+            raise Refused("bad-request", "'runs' is %d; expected 1 to %d" % (runs, MAX_SAMPLES))
+        paths, commands = expand(strings(sample, "files")), commands_of(sample)
+        readings = [clock() for _ in range(20_000)]
+        pairs = [after - before for before, after in zip(readings, readings[1:])]  # noqa: B905, RUF007  # 3.9
+        never = (1 << 62, lambda: None)
+        _, empty = measure(Nothing(), [None], (runs, 0, 60_000_000_000), never)
+        reading = []
+        for _ in range(10):
+            begin = clock()
+            sample_environment(paths, commands)
+            reading.append(clock() - begin)
+        steps = [step for step in pairs if step > 0]
+        return {
+            "resolution_ns": min(steps) if steps else 0,
+            "clock_ns": pairs,
+            "empty_ns": list(empty),
+            "sample_ns": reading,
+        }
+
+    def hold(self, request: Request) -> Dict[str, Any]:
+        value, paths = field(request, "value", str), expand(strings(request, "files"))
+        if not paths or not all(os.path.isfile(path) for path in paths):
+            raise Refused("missing", "%s: not there" % ", ".join(path for path in paths if not os.path.isfile(path)))
+        holder = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", HOLDER, value, *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # who ends our process group does not end it
+        )
+        before, problem = json.loads(holder.stdout.readline() or '[{}, "it ended at once"]')  # type: ignore[union-attr]
+        if problem is not None:
+            holder.communicate()
+            raise Refused("storage", problem)
+        self.holders.append((holder, before))
+        return {"held": before}
+
+    def release(self, request: Request) -> Dict[str, Any]:
+        restored: Dict[str, Optional[str]] = {}
+        while self.holders:
+            holder, before = self.holders.pop()
+            holder.communicate()
+            restored.update((path, (read_text(path) or "").strip()) for path in before)
+        return {"restored": restored}
+
     # --- models ---
 
     def import_runtime(self, spec: Request) -> Any:
@@ -711,9 +879,10 @@ class Runner:
             self.models[key] = self.build(spec)
         return self.models[key]
 
-    def build(self, spec: Request) -> Any:
-        """The model, newly made."""
-        kind = self.import_runtime(spec)
+    def build(self, spec: Request, kind: Any = None) -> Any:
+        """The model, newly made, as a `kind` if not as its runtime's own."""
+        usual = self.import_runtime(spec)
+        kind = usual if kind is None else kind
         threads, options = field(spec, "threads", int), dict(kind.OPTIONS)
         files = {name: path_of(field(spec, "files", dict), name) for name in field(spec, "files", dict)}
         for name, value in field(spec, "options", dict).items():
@@ -918,6 +1087,10 @@ VERBS: Dict[str, Callable[[Runner, Request], Dict[str, Any]]] = {
     "infer": Runner.infer,
     "health": Runner.health,
     "bench": Runner.bench,
+    "profile": Runner.profile,
+    "selfcheck": Runner.selfcheck,
+    "hold": Runner.hold,
+    "release": Runner.release,
 }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from edgepack.report.tables import grid, ms_text
 
 if TYPE_CHECKING:
     from edgepack.bench.against import Comparison
     from edgepack.bench.gate import Change, Check
+    from edgepack.bench.selfcheck import SelfCheck
 
 
 def changes_table(changes: Iterable[Change]) -> str:
@@ -36,6 +37,33 @@ def _change(change: Change, value: float | None) -> str:
 def checks_lines(checks: Sequence[Check]) -> list[str]:
     """One line a condition."""
     return [f"  gate      {check.condition}: {check.outcome} ({check.why})" for check in checks]
+
+
+def operators_table(operators: Sequence[Mapping[str, Any]], most: int = 15) -> str:
+    """The operators that take longest, of `operators` of `bench --json`."""
+    rows = [
+        (each["name"], each["op"], each["kernel"], ms_text(each["ms"]), f"{each['share']:.1%}")
+        for each in operators[:most]
+    ]
+    rest = operators[most:]
+    if rest:
+        ms, share = (sum(each[key] for each in rest) for key in ("ms", "share"))
+        rows.append((f"{len(rest)} more", "", "", ms_text(ms), f"{share:.1%}"))
+    return grid(("operator", "type", "kernel", "ms", "share"), rows)
+
+
+def self_check_page(check: SelfCheck) -> str:
+    """`bench --self-check`."""
+    overhead = check.overhead_ns
+    lines = [
+        f"{check.device}: what measuring itself takes there (Python {check.python})",
+        f"  timer     steps of {check.resolution_ns} ns; one reading takes {check.clock_ns:.0f} ns",
+        f"  overhead  {overhead.value:.0f} ns [{overhead.low:.0f}, {overhead.high:.0f}] in each time, "
+        f"p99 {check.overhead_p99_ns:.0f} ns",
+        f"  sampling  {check.sample_ms:.2f} ms for a reading of the surroundings, once a second, between inferences",
+        f"  below 1 % for inferences of {check.shortest_us:.1f} us and longer",
+    ]
+    return "\n".join(lines)
 
 
 def comparison_page(comparison: Comparison) -> str:

@@ -40,6 +40,17 @@ def test_bench_prints_what_is_documented(tmp_path: Path, capsys: pytest.CaptureF
     assert set(Environment.__dataclass_fields__) == tables["environment"]
 
 
+def test_a_self_check_and_a_profile_print_what_is_documented(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(document(capsys, "bench", "--self-check")) == documented("bench --self-check")[""]
+    bundle = make_bundle(tmp_path / "bundle")
+    found = document(capsys, "bench", str(bundle.path), "--runs", "9", "--seconds", "0", "--repeats", "1", "--profile")
+    assert {each["op"] for each in found["operators"]} == {"MatMul", "Relu"}
+    assert sum(each["share"] for each in found["operators"]) == pytest.approx(1)
+    assert set(document(capsys, "bench", code=2)["error"]) == documented("An error")["error"]
+
+
 def test_a_missed_budget_is_told_in_the_one_document_of_the_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

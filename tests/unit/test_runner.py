@@ -542,7 +542,34 @@ def test_processors_and_priority_are_those_asked_for_or_it_is_refused(runner: Ru
             runner.bench(model, inputs, replace(order, cpus=numbers))
 
 
+def test_a_profile_names_every_operator_and_its_kernel(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    profile = runner.profile(model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz"), 7)
+    assert profile.runs == len(profile.wall_ns) == 7
+    assert {each.op: (each.kernel, each.count) for each in profile.operators} == {
+        "MatMul": ("CPUExecutionProvider", 7),
+        "Relu": ("CPUExecutionProvider", 7),
+    }
+    assert 0 < sum(each.ns for each in profile.operators) <= sum(profile.wall_ns)
+
+
+def test_the_runner_measures_its_own_overhead(runner: RunnerClient) -> None:
+    times = runner.self_check(500, ["/proc/stat"])
+    assert len(times.empty_ns) == 500 and min(times.empty_ns) >= 0
+    assert times.resolution_ns > 0 and len(times.sample_ns) == 10 and min(times.sample_ns) > 0
+    assert min(step for step in times.clock_ns if step > 0) == times.resolution_ns
+
+
 # --- OpenVINO ---
+
+
+def test_a_profile_of_openvino_names_the_kernels_that_ran(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(1))  # type: ignore[arg-type]
+    model = model_ref(save_ir(tmp_path / "m.xml"), "openvino", {"device": "CPU", "precision": "f32"})
+    with start_runner(tmp_path) as running:
+        profile = running.profile(model, str(tmp_path / "in.npz"), 5)
+    assert profile.operators and all(each.kernel and 0 < each.count <= 5 for each in profile.operators)
+    assert any(each.op == "MatMul" or "FullyConnected" in each.op for each in profile.operators)
 
 
 def test_openvino_runs_ir_under_any_name_of_a_tensor_at_the_precision_asked_for(
