@@ -36,7 +36,7 @@ from benchmarks.agreement import save_network
 from edgepack.bench.gate import Change, judge_condition, read_condition
 from edgepack.bench.rank_sum import two_sample_ratio
 from edgepack.bench.versus import Contestant, VersusOrder, compare_speed
-from edgepack.protocol import RUNNER_PATH, BenchOrder, EnvironmentSample, Measured, ModelRef, RunnerClient
+from edgepack.protocol import RUNNER_PATH, BenchOrder, EnvironmentSample, Loaded, Measured, ModelRef, RunnerClient
 from edgepack.runtimes.environment import environment, host_python
 from edgepack.spec.toolchain import load_toolchain
 from edgepack.store import cache_folder
@@ -115,6 +115,7 @@ class Replay:
         seen = EnvironmentSample(t_ns=now, wall_ns=now, raw_ns=now, files={}, commands={})
         return Measured(
             fresh=False,
+            loaded=Loaded(source="model", note=None, driver=None),
             import_ns=0,
             load_ns=0,
             first_ns=ns,
