@@ -266,6 +266,8 @@ class _Search:
             if not judged:
                 raise self._nothing_made()
             nearest = min(judged, key=lambda c: (-c.chance, c.foreseen_worst, c.rank(objective, baseline)))
+            if self.setting.judge.arena.times:  # the gate may pass it after all, and then it must not be slow either
+                self._fastest([nearest])
             nearest.outcome, nearest.reason = "chosen", f"none holds; this one comes nearest ({nearest.reason})"
             return nearest
         chosen = self._fastest(holding) if self.setting.judge.arena.times else holding[0]

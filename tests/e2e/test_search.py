@@ -198,7 +198,13 @@ def ratio(value: float, verdict: SpeedVerdict) -> SpeedRatio:
 
 
 def build_here(
-    folder: Path, cache: Path, speeds: dict[str, SpeedRatio], monkeypatch: pytest.MonkeyPatch, **search: object
+    folder: Path,
+    cache: Path,
+    speeds: dict[str, SpeedRatio],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    max_drop: float = 0.03,
+    **search: object,
 ) -> tuple[BuildReport, Path]:
     """Build for a target whose clock is a table: the time of each candidate, `""` for those that are not in it."""
 
@@ -211,7 +217,7 @@ def build_here(
             return speeds.get(candidate.plan.recipe.name, speeds[""])
 
     monkeypatch.setattr(building, "Here", TimedByTable)
-    project = example(folder, evaluations=24, changes=FEW)
+    project = example(folder, evaluations=24, changes={**FEW, GATE: f"max_drop = {max_drop}"})
     store = Store(cache)
     opened = open_project(project / "edgepack.toml", store)
     opened = dataclasses.replace(
@@ -246,6 +252,19 @@ def test_where_all_are_slower_nothing_ships(
     report, project = build_here(tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch)
     (failure,) = report.failed
     assert failure.error.exit_code == 6 and "--device none" in str(failure.error)
+
+
+def test_what_is_tried_at_the_gate_against_the_odds_is_timed_too(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No candidate is expected to pass; the nearest would go to the gate, and is slow."""
+    speeds = {"": ratio(1.3, "slower")}
+    report, project = build_here(
+        tmp_path / "p", searched.cache, speeds, monkeypatch, max_drop=0.004, objective="latency", evaluations=2
+    )
+    (failure,) = report.failed
+    assert failure.error.exit_code == 5 and "slower than fp32" in str(failure.error)
+    assert not (project / RPI4).exists()
 
 
 def test_where_bytes_alone_count_a_slower_one_ships_and_says_so(
