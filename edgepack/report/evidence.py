@@ -66,7 +66,7 @@ class Speed(Part):
     baseline_ms: float
     candidate_ms: float
     where: str = ""
-    """The machine; said of the chosen one alone."""
+    """The machine; empty in evidence that says it of the chosen one alone."""
 
 
 class Candidate(Part):
