@@ -17,21 +17,21 @@ from edgepack.passes.quantise_dynamic import products_worth_it
 from edgepack.runtimes.recipes import Recipe
 from edgepack.spec.target import Target
 
-GRAPH_SHARE = 0.6
-"""Of the bytes that are no weights, how much store-narrow leaves: names shortened, 0.5 to 0.7 were seen."""
+GRAPH_SHARE = 0.1
+"""Of the bytes that are no weights, how much the coder leaves: 0.08 to 0.15 were seen (ADR 37)."""
 STORED_BITS = {
-    "int8": 8,
-    "int8-dynamic": 8,
-    "int8-weights": 8,
-    "int4-weights": 5,
-    "fp16-weights": 16,
-    "bf16": 32,
-    "fp16": 32,
-    "fp32": 32,
+    "int8": 6.5,
+    "int8-dynamic": 6.5,
+    "int8-weights": 6.5,
+    "int4-weights": 4.0,
+    "fp16-weights": 12.0,
+    "bf16": 25.0,
+    "fp16": 25.0,
+    "fp32": 25.0,
 }
-"""A weight as stored; int4's with its scales, one for a block of 32. bf16 and fp16: OpenVINO rounds at load."""
-PACKED_BITS = {2: 1.6, 3: 2.91, 4: 4.0}
-"""Of GPTQ's weights as store-narrow packs them (passes/radix.py)."""
+"""A weight as it travels, coded, at best: int8 6.6 to 7.4 were seen. bf16 and fp16: OpenVINO rounds at load."""
+GPTQ_BITS = {2: 1.2, 3: 2.0, 4: 3.0}
+"""Of GPTQ's weights, coded, at best."""
 OPENVINO_TIME = {"int8": 0.35, "bf16": 0.45, "fp16": 0.45, "fp32": 0.8}
 """Of onnxruntime's float32, at best, on x86: int8 0.27 to 0.45 of five networks, bf16 0.43 to 0.56 (ADR 30)."""
 DYNAMIC_TIME = 0.65
@@ -104,7 +104,7 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
     static_bits = bits
     if "gptq" in uses:
         width = int(str(uses["gptq"].get("bits", 8)))
-        static_bits = PACKED_BITS.get(width, 8)
+        static_bits = GPTQ_BITS.get(width, bits)
     rest = found.bytes - 4 * found.weights
     stored = (static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8
     size = (stored + GRAPH_SHARE * max(rest, 0)) / found.bytes

@@ -402,8 +402,6 @@ def _from_planes(planes: Sequence[Bytes], kind: int) -> bytes:
     if kind == BYTE:
         return planes[0].tobytes()
     turned = np.stack(planes, axis=1).reshape(-1).view(f"<u{width}")
-    if kind == WORD:
-        plain = (turned >> 1) ^ (np.uint32(0) - (turned & 1))
-    else:
-        plain = turned >> 1 | (turned & 1) << (8 * width - 1)
+    sign = turned & 1
+    plain = (turned >> 1) ^ (np.uint32(0) - sign) if kind == WORD else turned >> 1 | sign << (8 * width - 1)
     return plain.astype(f"<u{width}").tobytes()

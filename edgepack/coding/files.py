@@ -18,6 +18,8 @@ from edgepack.errors import VerificationError
 
 DECODER_PATH = Path(decoder.__file__)
 """What expands a coded file, alone: it travels with it."""
+SUFFIX = ".epf"
+"""Behind the name of the file that it is."""
 REPEATING_BYTES = 1 << 16  # pieces so long are tried with LZMA as well
 
 

@@ -119,7 +119,8 @@ def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
     """
     if runtime_of(target) == "onnxruntime":
         return _onnxruntime("fp32", "the model as it is", "fp32", ())
-    return _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+    plain = _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+    return replace(plain, passes=tuple(use for use in plain.passes if use != CODE))
 
 
 def proposals(target: Target, objective: Objective, *, npu_compiler: bool = False) -> tuple[Recipe, ...]:
@@ -162,7 +163,7 @@ def _static_recipes(target: Target) -> dict[str, Recipe]:
 def _static(name: str, why: str, *before: Use, ranges: str = "min-max") -> Recipe:
     """Static int8; what it leaves in float is stored in int8."""
     static = (Use(name="observe", params={"range": ranges}), Use(name="quantise-static"))
-    return _onnxruntime(name, why, "int8", (*before, *static, Use(name="weight-only", optional=True), NARROW))
+    return _onnxruntime(name, why, "int8", (*before, *static, Use(name="weight-only", optional=True), *TRAVELS))
 
 
 def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
@@ -171,7 +172,9 @@ def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
     return replace(plain, name="int8-wide", why=why, passes=passes, note=SATURATION_NOTE, emulate_saturation=True)
 
 
-NARROW = Use(name="store-narrow")
+CODE = Use(name="code", optional=True)
+TRAVELS = (Use(name="compact"), CODE)
+"""At the end of every ONNX recipe."""
 
 
 def _float_recipes() -> dict[str, Recipe]:
@@ -181,22 +184,22 @@ def _float_recipes() -> dict[str, Recipe]:
             "int8-dynamic",
             "large products in int8, activations quantised at every run",
             "int8-dynamic",
-            (Use(name="quantise-dynamic"), rest, NARROW),
+            (Use(name="quantise-dynamic"), rest, *TRAVELS),
         ),
         "weights-int4": _onnxruntime(
             "weights-int4",
             "weights stored in 4 bits, float arithmetic",
             "int4-weights",
-            (Use(name="weight-only-int4"), NARROW),
+            (Use(name="weight-only-int4"), *TRAVELS),
         ),
         "weights-int8": _onnxruntime(
             "weights-int8",
             "weights stored in 8 bits, float arithmetic",
             "int8-weights",
-            (Use(name="weight-only"), NARROW),
+            (Use(name="weight-only"), *TRAVELS),
         ),
         "half": _onnxruntime(
-            "half", "weights stored as float16, float arithmetic", "fp16-weights", (Use(name="half"), NARROW)
+            "half", "weights stored as float16, float arithmetic", "fp16-weights", (Use(name="half"), *TRAVELS)
         ),
     }
 
@@ -251,7 +254,7 @@ def _openvino(
         why=why,
         runtime="openvino",
         precision=precision,
-        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled),
+        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled, CODE),
         model_format="openvino-ir",
         device_options=OPENVINO_NPU if npu else OPENVINO_CPU,
         judge_options=OPENVINO_CPU,

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from edgepack.coding.decoder import BYTE, FLOAT, HALF, WIDTHS, WORD, DamagedError, from_planes
 from edgepack.coding.files import DECODER_PATH, code_file, expand_file
@@ -173,10 +173,7 @@ def test_the_decoder_runs_alone_on_an_old_python() -> None:
     """What travels to a device is that one file: no edgepack there, Python 3.9."""
     tree = ast.parse(DECODER_PATH.read_text(encoding="utf-8"), feature_version=(3, 9))
     imported = {
-        alias.name.partition(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
+        alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
     } | {str(node.module).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported <= {"__future__", "hashlib", "lzma", "numpy", "typing", "zlib"}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
