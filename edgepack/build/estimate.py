@@ -5,6 +5,7 @@ An estimate orders candidates and passes over those that cannot win; it is never
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from edgepack.graph.index import GraphIndex
 from edgepack.passes.layer_rows import static_shapes
 from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.passes.quantise_dynamic import products_worth_it
-from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.recipes import Recipe, price_of
 from edgepack.spec.target import Target
 
 GRAPH_SHARE = 0.1
@@ -30,8 +31,8 @@ STORED_BITS = {
     "fp32": 25.0,
 }
 """A weight as it travels, coded, at best: int8 6.6 to 7.4 were seen. bf16 and fp16: OpenVINO rounds at load."""
-GPTQ_BITS = {2: 1.2, 3: 2.0, 4: 3.0}
-"""Of GPTQ's weights, coded, at best."""
+COARSEST_BITS, COARSEST_PRICE = 0.9, 0.04
+"""Of weights chosen by GPTQ at that price of a bit, coded, at best; a quarter of the price takes one bit more."""
 OPENVINO_TIME = {"int8": 0.35, "bf16": 0.45, "fp16": 0.45, "fp32": 0.8}
 """Of onnxruntime's float32, at best, on x86: int8 0.27 to 0.45 of five networks, bf16 0.43 to 0.56 (ADR 30)."""
 DYNAMIC_TIME = 0.65
@@ -102,13 +103,15 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
     uses = {use.name: use.params for use in recipe.passes}
     bits: float = STORED_BITS[recipe.precision]
     static_bits = bits
-    if "gptq" in uses:
-        width = int(str(uses["gptq"].get("bits", 8)))
-        static_bits = GPTQ_BITS.get(width, bits)
+    price = price_of(recipe)
+    if price is not None:
+        static_bits = min(bits, COARSEST_BITS + math.log2(COARSEST_PRICE / price) / 2)
+    share = float(str(uses.get("prune-channels", {}).get("macs_share", 1.0)))
     rest = found.bytes - 4 * found.weights
-    stored = (static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8
+    stored = (share * static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8
     size = (stored + GRAPH_SHARE * max(rest, 0)) / found.bytes
-    return Estimate(size=size, time=_time(recipe, found, target, uses.get("quantise-static", {}).get("float_nodes")))
+    time = share * _time(recipe, found, target, uses.get("quantise-static", {}).get("float_nodes"))
+    return Estimate(size=size, time=time)
 
 
 def _time(recipe: Recipe, found: Profile, target: Target, left: object) -> float:

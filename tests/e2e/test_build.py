@@ -24,7 +24,7 @@ from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
-STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "store-narrow"]
+STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "compact", "code"]
 RPI4 = "dist/fashion-mnist-rpi4.edgepack"
 
 
@@ -61,7 +61,7 @@ def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
     assert first["metric"] == "top1" and first["samples"] == 2000 and first["answer"] == "passed"
     assert first["interval"][0] <= first["drop"] <= first["interval"][1] <= 0.01
     assert first["model_bytes"] * 3 < first["baseline_bytes"] < first["bytes"]
-    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "store-narrow"]
+    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "compact", "code"]
     bundle = open_bundle(made.project / RPI4)
     bundle.verify()
     assert bundle.file_sha256() == first["sha256"] and bundle.size_bytes == first["bytes"]
