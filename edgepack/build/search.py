@@ -43,7 +43,7 @@ LEAST_CHANCE = 0.8
 fail more builds, a shyer one ship larger models."""
 HALVINGS = 2
 """Of the ratio between two prices of a bit, a factor of 4 at first: then bytes are within a fifth of a bit a weight."""
-MACS_SHARES = (0.75, 0.6, 0.5)
+MACS_SHARES = (0.7, 0.5)
 """Of the arithmetic left, in turn."""
 FLOAT_LAYERS = (1, 2, 4, 8, 16, 32)
 """How many of the most sensitive layers are left in float, in turn."""
@@ -248,15 +248,16 @@ class _Search:
 
     def _narrow(self) -> None:
         """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
-        bytes."""
+        bytes. At half its price of a bit: what is left has less to spare."""
         objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
-        if objective == "size":
-            return
         static = [c for c in self._holding() if is_static_onnx(c.plan.recipe)]
-        base = min(static, key=lambda c: c.rank(objective, baseline), default=None)
-        for share in MACS_SHARES if base is not None else ():
-            assert base is not None
-            candidate = self._add(self.setting.plan_of(narrowed(base.plan.recipe, share)), base=base.base)
+        best = min(static, key=lambda c: c.rank(objective, baseline), default=None)
+        if objective == "size" or best is None:
+            return
+        price = price_of(best.plan.recipe)
+        whole = best.plan.recipe if price is None else priced(price / 2, best.plan.target.numerics.weight_bits)
+        for share in MACS_SHARES:
+            candidate = self._add(self.setting.plan_of(narrowed(whole, share)), base=best.base)
             self._try(candidate)
             if candidate.outcome != "kept":
                 return
