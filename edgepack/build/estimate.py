@@ -31,7 +31,7 @@ STORED_BITS = {
     "fp32": 25.0,
 }
 """A weight as it travels, coded, at best: int8 6.6 to 7.4 were seen. bf16 and fp16: OpenVINO rounds at load."""
-COARSEST_BITS, COARSEST_PRICE = 0.9, 0.04
+LEAST_BITS, COARSEST_BITS, COARSEST_PRICE = 0.1, 0.9, 0.04
 """Of weights chosen by GPTQ at that price of a bit, coded, at best; a quarter of the price takes one bit more."""
 OPENVINO_TIME = {"int8": 0.35, "bf16": 0.45, "fp16": 0.45, "fp32": 0.8}
 """Of onnxruntime's float32, at best, on x86: int8 0.27 to 0.45 of five networks, bf16 0.43 to 0.56 (ADR 30)."""
@@ -105,7 +105,7 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
     static_bits = bits
     price = price_of(recipe)
     if price is not None:
-        static_bits = min(bits, COARSEST_BITS + math.log2(COARSEST_PRICE / price) / 2)
+        static_bits = min(bits, max(LEAST_BITS, COARSEST_BITS + math.log2(COARSEST_PRICE / price) / 2))
     share = float(str(uses.get("prune-channels", {}).get("macs_share", 1.0)))
     rest = found.bytes - 4 * found.weights
     stored = (share * static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8

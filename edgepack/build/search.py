@@ -234,17 +234,19 @@ class _Search:
         return min(holding, key=lambda c: c.rank(objective, baseline), default=None)
 
     def _refine(self) -> None:
-        """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio."""
+        """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio; twice
+        the price where there is none that does not."""
         for _ in range(HALVINGS):
             judged = [(price_of(c.plan.recipe), c) for c in self.candidates if c.selection is not None]
             rungs = sorted(((price, c) for price, c in judged if price is not None), key=lambda each: each[0])
             holding = [each for each in rungs if each[1].outcome == "kept"]
             beyond = [price for price, _ in rungs if holding and price > holding[-1][0]]
-            if not beyond:
+            if not holding:
                 return
             price, base = holding[-1]
-            finer = priced(math.sqrt(price * beyond[0]), base.plan.target.numerics.weight_bits)
-            self._try(self._add(self.setting.plan_of(finer), base=base.base))
+            other = math.sqrt(price * beyond[0]) if beyond else 2 * price
+            recipe = priced(other, base.plan.target.numerics.weight_bits)
+            self._try(self._add(self.setting.plan_of(recipe), base=base.base))
 
     def _narrow(self) -> None:
         """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
