@@ -13,6 +13,14 @@ MAX_RUNS = 1_000_000  # the most that the runner keeps times of
 MAX_S = 86_400.0
 
 
+def device_root(device: str) -> str:
+    """The device's folder for edgepack: below the login's home, and for this machine itself in the cache."""
+    from edgepack.bench.install import ROOT
+    from edgepack.store import cache_folder
+
+    return str(cache_folder() / "device") if device == "local" else ROOT
+
+
 def bench(
     bundle: Annotated[Path, typer.Argument(help="A .edgepack file.")],
     device: Annotated[

@@ -49,6 +49,10 @@ MODELS = {
 }
 
 
+BOARDS = frozenset(MODELS) - {NATIVE}
+"""Those of MODELS that are targets of edgepack."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmulatedDevice:
     """A device that is up: all that an SSH client needs to log in to it."""
