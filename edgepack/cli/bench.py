@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgepack.cli.output import JsonFlag, Meter, say, show_json
 
+if TYPE_CHECKING:
+    from edgepack.bench.group import GroupResult
+
 MAX_RUNS = 1_000_000  # the most that the runner keeps times of
 MAX_S = 86_400.0
-
-
-def device_root(device: str) -> str:
-    """The device's folder for edgepack: below the login's home, and for this machine itself in the cache."""
-    from edgepack.bench.install import ROOT
-    from edgepack.store import cache_folder
-
-    return str(cache_folder() / "device") if device == "local" else ROOT
 
 
 def bench(
@@ -26,7 +21,9 @@ def bench(
     device: Annotated[
         str,
         typer.Option(
-            "--device", "-d", help="local, ssh://user@host[:port], emulated:NAME, or a name from devices.toml."
+            "--device",
+            "-d",
+            help="local, ssh://user@host[:port], emulated:NAME, a name from devices.toml, or group:NAME.",
         ),
     ] = "local",
     inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
@@ -41,45 +38,41 @@ def bench(
     accept_new_host_key: Annotated[
         bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
     ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another benchmark has.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Install a bundle on a device, prove that it is healthy there, and time it.
 
     The result carries a verdict: valid, suspect or invalid, and why. An emulated device has no latency.
-    Nothing is uploaded twice, and nothing outside ~/.edgepack is touched on the device.
+    Nothing is uploaded twice, and nothing outside ~/.edgepack is touched on the device. Two benchmarks never
+    share a device: one that is in use is refused (exit code 7) or, with --wait, waited for. A group's devices
+    are measured at once, each with a result or an error of its own.
 
     \b
     Examples:
       edgepack bench dist/NAME-x86-avx512-vnni.edgepack
       edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --json
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
+      edgepack bench dist/NAME-rpi4.edgepack --device group:lab --wait
     """
-    from edgepack.bench.install import ROOT
+    from functools import partial
+
+    from edgepack.bench.group import GROUP, benchmark_group
+    from edgepack.bench.member import Reach, benchmark_device
     from edgepack.bench.result import require_budgets
     from edgepack.bench.run import benchmark
     from edgepack.bundle.bundle import open_bundle
     from edgepack.errors import GateMissedError
     from edgepack.report.tables import bench_page
-    from edgepack.store import cache_folder
-    from edgepack.transports.resolve import open_transport
 
     opened = open_bundle(bundle)
     opened.verify()
-    transport = open_transport(device, inventory_path=inventory, accept_new_host_key=accept_new_host_key, say=say)
-    try:
-        result = benchmark(
-            opened,
-            transport,
-            threads=threads,
-            warmup=warmup,
-            runs=runs,
-            seconds=seconds,
-            root=str(cache_folder() / "device") if device == "local" else ROOT,
-            say=say,
-            progress=lambda path, done, total: Meter(f"uploading {path}")(done, total),
-        )
-    finally:
-        transport.close()
+    measure = partial(benchmark, opened, threads=threads, warmup=warmup, runs=runs, seconds=seconds)
+    reach = Reach(inventory=inventory, accept_new_host_key=accept_new_host_key, wait=wait)
+    if device.startswith(GROUP):
+        _show_group(benchmark_group(opened, device.removeprefix(GROUP), measure, reach, say=say), as_json=as_json)
+        return
+    result = benchmark_device(opened, device, measure, reach, say=say, progress=_show_upload)
     if as_json:
         show_json(result.to_json())
     else:
@@ -89,3 +82,18 @@ def bench(
     except GateMissedError as error:  # the result is printed: an error's own document would be a second one
         say(f"edgepack: error: {error}")
         raise typer.Exit(error.exit_code) from error
+
+
+def _show_upload(path: str, done: int, total: int) -> None:
+    Meter(f"uploading {path}")(done, total)
+
+
+def _show_group(group: GroupResult, *, as_json: bool) -> None:
+    from edgepack.report.group import group_document, group_page
+
+    if as_json:
+        show_json(group_document(group))
+    else:
+        typer.echo(group_page(group))
+    if group.exit_code:
+        raise typer.Exit(group.exit_code)

@@ -218,7 +218,7 @@ def doctor(
 
 def survey_device(device: str, inventory: Path | None, accept_new_host_key: bool) -> tuple[Facts, Target | None]:
     """What the device is, and the target that devices.toml (or its emulation) says it is."""
-    from edgepack.cli.bench import device_root
+    from edgepack.bench.member import device_root
     from edgepack.inventory.facts import survey
     from edgepack.spec.target import load_target
     from edgepack.transports.resolve import open_transport, target_of

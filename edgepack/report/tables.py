@@ -313,6 +313,14 @@ def bench_page(result: BenchmarkResult) -> str:
     return "\n".join(lines)
 
 
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows below headings, as wide as they need to be."""
+    table = _table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    return _text(table)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
