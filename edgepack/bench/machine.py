@@ -34,6 +34,7 @@ PROBE_COMMANDS = (
 )
 
 ARM_PARTS = {
+    "0xc07": "Cortex-A7",
     "0xd03": "Cortex-A53",
     "0xd04": "Cortex-A35",
     "0xd05": "Cortex-A55",

@@ -16,7 +16,7 @@ from edgepack.errors import UnsupportedError
 from edgepack.spec.target import load_target
 from edgepack.store import cache_folder
 from edgepack.transports.base import Transport
-from edgepack.transports.resolve import open_transport, target_of
+from edgepack.transports.resolve import EMULATED, find_device, open_transport
 
 Say = Callable[[str], None]
 
@@ -75,10 +75,10 @@ def device_root(device: str) -> str:
 
 
 def _check_target(bundle: Bundle, device: str, inventory: Path | None) -> None:
-    """What devices.toml says that a device is. Emulated ones are judged by what they have, as any address is."""
-    if device.startswith("emulated:"):
+    """What devices.toml says that a device is; an address is judged by what it has alone."""
+    if device == "local" or device.startswith(EMULATED) or "://" in device:
         return
-    named = target_of(device, inventory)
+    named = find_device(device, inventory).target
     built_for = bundle.manifest.target.name
     if named is None or named == built_for:
         return

@@ -46,9 +46,18 @@ def _login(device: EmulatedDevice) -> str:
 
 @app.command("up")
 def up(
-    target: Annotated[str, typer.Argument(help="rpi3-32, rpi4, rpi5, or native (an x86 device, at full speed).")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A board (rpi3-32, rpi4, rpi5), a processor (cortex-a7 with a 32-bit system, cortex-a53, cortex-a72, "
+            "cortex-a76), or native (an x86 device, at full speed)."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Its name, if not the target's; several can be up.")] = None,
     os: Annotated[str, typer.Option(help="debian-11, debian-12 or debian-13.")] = "debian-12",
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, max=249, help="So many at once, named NAME-1, NAME-2, ...")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Start an emulated device, and say how to log in to it.
@@ -61,14 +70,22 @@ def up(
     Examples:
       edgepack device emulate up rpi4
       edgepack device emulate up rpi5 --name lab1 --os debian-13
+      edgepack device emulate up cortex-a53 --name lab --count 8
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
     """
     from edgepack.transports import emulation
 
-    device = emulation.up(target, name=name, os=os, say=_say)
-    if as_json:
-        typer.echo(json.dumps(_document(device), indent=1))
+    if count is not None:
+        devices = emulation.up_many(target, count, name=name, os=os, say=_say)
+        if as_json:
+            typer.echo(json.dumps({"devices": [_document(device) for device in devices]}, indent=1))
+            return
     else:
+        devices = [emulation.up(target, name=name, os=os, say=_say)]
+        if as_json:
+            typer.echo(json.dumps(_document(devices[0]), indent=1))
+            return
+    for device in devices:
         typer.echo(
             f"{device.name} is up at {device.address}:{device.port} ({device.target}, {device.cpu}, {device.os})"
         )

@@ -11,6 +11,7 @@ import tomlkit
 from edgepack.errors import UnsupportedError
 from edgepack.inventory.facts import Facts
 from edgepack.inventory.instructions import numerics_of, required_flags
+from edgepack.inventory.match import is_its_processor
 from edgepack.spec.load import check
 from edgepack.spec.observed import Observed
 from edgepack.spec.target import Cpu, OsId, System, Target
@@ -46,7 +47,7 @@ def describe(facts: Facts, *, name: str | None, nearest: Target | None) -> Targe
     return Target(
         name=name or name_for(facts),
         title=facts.board or f"{facts.cpu_model or facts.machine}, {facts.cpus} processors",
-        family=keeps.family if keeps else facts.machine,
+        family=keeps.family if keeps and is_its_processor(facts, keeps) else facts.machine,
         machine=cast("Literal['aarch64', 'armv7l', 'x86_64']", facts.machine),
         memory_mib=facts.memory_mib,
         runtimes=keeps.runtimes if keeps else RUNTIMES[facts.machine],
@@ -99,7 +100,9 @@ def target_toml(target: Target, *, emulated: bool) -> str:
     if target.observed is not None:
         table["observed"] = target.observed.model_dump(mode="json", exclude_none=True)
     text = tomlkit.document()
-    text.add(tomlkit.comment("Read from a real machine. cpu.flags are those instructions that runtimes choose kernels"))
+    text.add(
+        tomlkit.comment("Read from a machine. cpu.flags are those of its instructions that runtimes choose kernels")
+    )
     text.add(tomlkit.comment("by, numerics what follows from them; add [budget] and [bench] where you want limits."))
     if emulated:
         text.add(

@@ -62,7 +62,7 @@ def match(facts: Facts, targets: Sequence[Target]) -> Match:
         if not any(each.blocks and not each.key.startswith("os") for each in differences(facts, target))
     ]
     fitting.sort(key=lambda target: (target.accelerator is None, -len(target.cpu.flags), target.name))
-    described = [target for target in fitting if _is_its_processor(facts, target)]
+    described = [target for target in fitting if is_its_processor(facts, target)]
     return Match(
         best=described[0] if described else None,
         nearest=fitting[0] if fitting else None,
@@ -70,7 +70,8 @@ def match(facts: Facts, targets: Sequence[Target]) -> Match:
     )
 
 
-def _is_its_processor(facts: Facts, target: Target) -> bool:
+def is_its_processor(facts: Facts, target: Target) -> bool:
+    """Whether `target` describes this kind of processor, and not only one that runs the same programs."""
     return facts.machine == "x86_64" or facts.cpu_model == target.cpu.model
 
 

@@ -129,3 +129,52 @@ def test_a_native_device_is_timed_over_its_sshd(project: Path) -> None:
         assert result["samples"]["count"] >= 50
         assert result["verdict"]["kind"] in ("valid", "suspect", "invalid")
         assert result["memory_mib"] > 0
+
+
+def test_eight_devices_at_once_one_unreachable_and_one_of_another_architecture(project: Path, tmp_path: Path) -> None:
+    """Six results, two clear errors, the exit code of a part that failed; all over their own sshds."""
+    made_as = ["rpi4", "rpi4", "rpi4", "cortex-a72", "cortex-a53", "rpi5", "rpi3-32", "native"]
+    names = [f"{NAME}-{number}" for number in range(8)]
+    inventory = tmp_path / "devices.toml"
+    try:
+        devices = [
+            emulation.up(kind, name=name, os="debian-12", say=print) for kind, name in zip(made_as, names, strict=True)
+        ]
+        emulation.down(names[7], print)  # its address answers no more
+        addresses = [f"emulated:{name}" for name in names[:7]] + [f"ssh://root@{devices[7].address}"]
+        for number, address in enumerate(addresses):
+            with inventory.open("a") as file:
+                file.write(f'[devices.d{number}]\naddress = "{address}"\ngroups = ["lab"]\n')
+        argv = ["bench", "dist/fashion-mnist-rpi4.edgepack", "--device", "group:lab", "--inventory", str(inventory)]
+        done = edgepack(*argv, "--json", cwd=project)
+        assert done.returncode == 1, done.stderr
+        found = json.loads(done.stdout)
+        assert [result["device"]["name"] for result in found["results"]] == [f"d{number}" for number in range(6)]
+        assert [result["device"]["cpu_model"] for result in found["results"]] == [
+            *["Cortex-A72"] * 4,
+            "Cortex-A53",
+            "Cortex-A76",
+        ]
+        assert all(result["health"]["passed"] and result["latency_ms"] is None for result in found["results"])
+        wrong, gone = found["failures"]
+        assert (wrong["device"], wrong["exit_code"]) == ("d6", 4)
+        assert "the device is armv7l" in wrong["error"] and "was built for aarch64" in wrong["error"]
+        assert (gone["device"], gone["exit_code"]) == ("d7", 7)
+        assert devices[7].address in gone["error"]
+    finally:
+        for name in set(names) & set(emulation.names()):
+            emulation.down(name, print)
+
+
+def test_first_contact_with_an_emulated_pi_knows_what_it_is(project: Path, rpi4: str, tmp_path: Path) -> None:
+    inventory = str(tmp_path / "devices.toml")
+    added = document("device", "add", "kitchen", rpi4, "--inventory", inventory, cwd=project)
+    assert added["target"] == "rpi4" and added["device"]["cpu_model"] == "Cortex-A72"
+    doctor = document("device", "doctor", "kitchen", "--inventory", inventory, cwd=project)
+    assert {each["level"] for each in doctor["findings"]} == {"ok"}
+    described = document("targets", "probe", rpi4, "--against", "rpi4", cwd=project)
+    assert described["differences"] == []
+    assert described["target"]["cpu"]["flags"] == ["fp", "asimd"]
+    assert described["target"]["memory_mib"] is None
+    done = edgepack("targets", "probe", rpi4, "--against", "rpi5", cwd=project)
+    assert done.returncode == 4 and "lacks asimddp fphp asimdhp" in done.stdout
