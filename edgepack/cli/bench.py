@@ -11,6 +11,7 @@ from edgepack.cli.output import JsonFlag, Meter, say, show_json
 
 if TYPE_CHECKING:
     from edgepack.bench.group import GroupResult
+    from edgepack.bundle.bundle import Bundle
 
 MAX_RUNS = 1_000_000  # the most that the runner keeps times of
 MAX_S = 86_400.0
@@ -39,6 +40,9 @@ def bench(
         bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another benchmark has.")] = False,
+    count_instructions: Annotated[
+        bool, typer.Option("--count-instructions", help="Count instructions on emulated:rpi4 and the like: no time.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Install a bundle on a device, prove that it is healthy there, and time it.
@@ -54,6 +58,7 @@ def bench(
       edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --json
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
       edgepack bench dist/NAME-rpi4.edgepack --device group:lab --wait
+      edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4 --count-instructions
     """
     from functools import partial
 
@@ -67,6 +72,9 @@ def bench(
 
     opened = open_bundle(bundle)
     opened.verify()
+    if count_instructions:
+        _count(opened, device, threads=threads, warmup=warmup, runs=runs, seconds=seconds, as_json=as_json)
+        return
     measure = partial(benchmark, opened, threads=threads, warmup=warmup, runs=runs, seconds=seconds)
     reach = Reach(inventory=inventory, accept_new_host_key=accept_new_host_key, wait=wait)
     if device.startswith(GROUP):
@@ -82,6 +90,29 @@ def bench(
     except GateMissedError as error:  # the result is printed: an error's own document would be a second one
         say(f"edgepack: error: {error}")
         raise typer.Exit(error.exit_code) from error
+
+
+def _count(
+    bundle: Bundle,
+    device: str,
+    *,
+    threads: int | None,
+    warmup: int | None,
+    runs: int | None,
+    seconds: float | None,
+    as_json: bool,
+) -> None:
+    from edgepack.bench.instructions import count_instructions
+    from edgepack.errors import UsageError
+    from edgepack.report.group import count_page
+
+    if seconds is not None or threads not in (None, 1):
+        raise UsageError("--count-instructions counts `--runs` inferences of one thread: no --seconds, no --threads")
+    counted = count_instructions(bundle, device, warmup=warmup, runs=runs, say=say)
+    if as_json:
+        show_json(counted.to_json())
+    else:
+        typer.echo(count_page(counted))
 
 
 def _show_upload(path: str, done: int, total: int) -> None:

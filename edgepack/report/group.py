@@ -9,6 +9,7 @@ from edgepack.store import Json
 
 if TYPE_CHECKING:
     from edgepack.bench.group import GroupResult
+    from edgepack.bench.instructions import InstructionCount
     from edgepack.bench.result import BenchmarkResult
 
 
@@ -54,4 +55,21 @@ def _row(result: BenchmarkResult) -> tuple[str, ...]:
         "" if memory is None else f"{memory.peak:.1f}",
         "passed" if result.health.passed else "failed",
         result.verdict.kind,
+    )
+
+
+def count_page(count: InstructionCount) -> str:
+    """`bench --count-instructions`. No unit of time stands in it."""
+    from edgepack.bench.instructions import IGNORES
+
+    counts = count.counted.counts
+    return "\n".join(
+        [
+            f"{count.bundle.path} on {count.cpu}, emulated ({count.os}, {count.runtime}, one thread)",
+            "  health        passed",
+            f"  instructions  {count.median:,} per inference (median of {len(counts)}, {count.spread_share:.2%} apart)",
+            f"  first         {count.counted.first:,}",
+            f"  loading       {count.counted.load:,}",
+            f"  not a time    it says nothing of {', '.join(IGNORES)}",
+        ]
     )

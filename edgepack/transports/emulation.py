@@ -209,10 +209,17 @@ def _check_words(target: str, name: str, os: str) -> None:
 
     if target not in MODELS:
         raise UsageError(f"'{target}' cannot be emulated{did_you_mean(target, MODELS)}")
-    if os not in CODENAMES:
-        raise UsageError(f"--os {os}: not known{did_you_mean(os, CODENAMES)}")
+    check_os(os)
     if not NAME.fullmatch(name):
         raise UsageError(f"'{name}' cannot name a device: expected small letters, digits and '-', at most 32")
+
+
+def check_os(os: str) -> None:
+    """Raises UsageError for a release of Debian that no root can be made of."""
+    from edgepack.spec.load import did_you_mean
+
+    if os not in CODENAMES:
+        raise UsageError(f"--os {os}: not known{did_you_mean(os, CODENAMES)}")
 
 
 def _device(record: Record) -> EmulatedDevice:

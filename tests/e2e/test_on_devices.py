@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,44 @@ def test_first_contact_with_an_emulated_pi_knows_what_it_is(project: Path, rpi4:
     assert described["target"]["memory_mib"] is None
     done = edgepack("targets", "probe", rpi4, "--against", "rpi5", cwd=project)
     assert done.returncode == 4 and "lacks asimddp fphp asimdhp" in done.stdout
+
+
+def count(project: Path, device: str, *words: str) -> Any:
+    return document(
+        "bench", "dist/fashion-mnist-rpi4.edgepack", "--device", device, "--count-instructions", *words, cwd=project
+    )
+
+
+def test_instructions_are_counted_repeatably_and_the_dot_product_saves_half_of_them(project: Path) -> None:
+    first, again, on_a76 = (count(project, f"emulated:{name}") for name in ("rpi4", "cortex-a72", "rpi5"))
+    numbers = [each["instructions"]["per_inference"] for each in (first, again, on_a76)]
+    assert abs(numbers[1] / numbers[0] - 1) < 0.005
+    assert numbers[2] < 0.6 * numbers[0]
+    assert first["instructions"]["spread_share"] < 0.02
+    assert first["health"]["passed"] and first["cpu"] == "cortex-a72" and first["latency_ms"] is None
+    done = edgepack(
+        "bench", "dist/fashion-mnist-x86-avx2.edgepack", "-d", "emulated:rpi4", "--count-instructions", cwd=project
+    )
+    assert done.returncode == 4
+
+
+def test_a_count_that_is_killed_leaves_no_machine_running(project: Path) -> None:
+    argv = [sys.executable, "-m", "edgepack", "bench", "dist/fashion-mnist-rpi4.edgepack", "-d", "emulated:rpi4"]
+    with subprocess.Popen([*argv, "--count-instructions"], cwd=project, stderr=subprocess.PIPE) as process:
+        machines = wait_for(lambda: machines_of(process.pid))
+        process.kill()
+    assert wait_for(lambda: [pid for pid in machines if not Path(f"/proc/{pid}").exists()]) == machines
+
+
+def machines_of(pid: int) -> list[int]:
+    """The QEMU machines that process `pid` has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"-icount" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_for(look: Callable[[], list[int]]) -> list[int]:
+    deadline_s = time.monotonic() + 120
+    while not (found := look()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    return found
