@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepack.cli.output import columns
+from edgepack.cli.output import JsonFlag, columns, say, show_json
 
 if TYPE_CHECKING:
     from edgepack.transports.emulation import EmulatedDevice
@@ -16,11 +15,6 @@ app = typer.Typer(
     help="Boards without hardware: a Debian system on this machine, with its own address and a real sshd (needs root).",
     no_args_is_help=True,
 )
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else there.")]
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _document(device: EmulatedDevice) -> dict[str, object]:
@@ -58,7 +52,7 @@ def up(
     count: Annotated[
         int | None, typer.Option("--count", min=1, max=249, help="So many at once, named NAME-1, NAME-2, ...")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Start an emulated device, and say how to log in to it.
 
@@ -76,14 +70,14 @@ def up(
     from edgepack.transports import emulation
 
     if count is not None:
-        devices = emulation.up_many(target, count, name=name, os=os, say=_say)
+        devices = emulation.up_many(target, count, name=name, os=os, say=say)
         if as_json:
-            typer.echo(json.dumps({"devices": [_document(device) for device in devices]}, indent=1))
+            show_json({"devices": [_document(device) for device in devices]})
             return
     else:
-        devices = [emulation.up(target, name=name, os=os, say=_say)]
+        devices = [emulation.up(target, name=name, os=os, say=say)]
         if as_json:
-            typer.echo(json.dumps(_document(devices[0]), indent=1))
+            show_json(_document(devices[0]))
             return
     for device in devices:
         typer.echo(
@@ -96,7 +90,7 @@ def up(
 def down(
     name: Annotated[str | None, typer.Argument(help="The device's name.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that are up; none is fine too.")] = False,
-    as_json: Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """End a device and delete what it wrote (what was fetched stays in the cache folder).
 
@@ -112,15 +106,15 @@ def down(
         raise UsageError("give the name of a device or --all (`edgepack device emulate list` has the names)")
     names = [name] if name is not None else emulation.names()
     for each in names:
-        emulation.down(each, _say)
+        emulation.down(each, say)
     if as_json:
-        typer.echo(json.dumps({"down": names}))
+        show_json({"down": names})
     else:
         typer.echo(f"down: {', '.join(names) or 'none was up'}")
 
 
 @app.command("list")
-def show(as_json: Json = False) -> None:
+def show(as_json: JsonFlag = False) -> None:
     """Show the devices that are up.
 
     \b
@@ -132,7 +126,7 @@ def show(as_json: Json = False) -> None:
 
     found = emulation.devices()
     if as_json:
-        typer.echo(json.dumps({"devices": [_document(device) for device in found]}, indent=1))
+        show_json({"devices": [_document(device) for device in found]})
     elif not found:
         typer.echo("no emulated device is up; start one: edgepack device emulate up rpi4")
     else:

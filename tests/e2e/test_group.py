@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 from edgepack.__main__ import run
-from edgepack.bench.group import Outcome, benchmark_group, members_of, run_all
+from edgepack.bench.group import GroupResult, Outcome, benchmark_group, members_of, run_all
 from edgepack.bench.member import Reach
 from edgepack.bench.result import BenchmarkResult
 from edgepack.bench.run import benchmark
+from edgepack.bundle.bundle import open_bundle
 from edgepack.errors import DeviceError, UnsupportedError, UsageError
-from edgepack.report.group import group_document
+from edgepack.report.group import group_document, group_page
 from edgepack.transports.base import Transport
 from edgepack.transports.fake import FakeTransport
+from edgepack.transports.local import LocalTransport
 from tests.support.documents import documented
 from tests.support.runtime import make_bundle
 from tests.support.sshd import Sshd, running_sshd
@@ -139,8 +141,6 @@ def test_members_over_a_real_sshd_wait_for_each_other_where_they_are_one_machine
     home: Path, server: Sshd, bundle_path: Path
 ) -> None:
     """Two names of one machine: the lease keeps their measurements apart."""
-    from edgepack.bundle.bundle import open_bundle
-
     (home / ".ssh").mkdir()
     (home / ".ssh/known_hosts").write_text(server.known_hosts.read_text())
     entry = f'address = "{server.address}"\nkey = "{server.key_path}"\ngroups = ["lab"]\n'
@@ -159,6 +159,15 @@ def test_members_over_a_real_sshd_wait_for_each_other_where_they_are_one_machine
     (_, first_ended), (second_began, _) = sorted(windows)
     assert first_ended < second_began
     assert len(group_document(group)["results"]) == 2  # type: ignore[arg-type]
+
+
+def test_an_emulated_member_stands_in_the_table_without_a_latency(home: Path, bundle_path: Path) -> None:
+    transport = LocalTransport(home=home, name="emu", emulated=True)
+    result = benchmark(open_bundle(bundle_path), transport)
+    page = group_page(GroupResult(name="lab", outcomes=(Outcome(device="emu", result=result, error=None),)))
+    row, count = page.splitlines()[2:]
+    assert row.startswith("emu") and "none: emulated" in row and "MiB" not in row
+    assert count == "1 of 1 devices"
 
 
 def one_that(act: Callable[[str], None]) -> Callable[[str, Callable[[Transport], None]], BenchmarkResult]:
