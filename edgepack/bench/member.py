@@ -80,9 +80,7 @@ def _check_target(bundle: Bundle, device: str, inventory: Path | None) -> None:
         return
     named = find_device(device, inventory).target
     built_for = bundle.manifest.target.name
-    if named is None or named == built_for:
-        return
-    if not named.endswith(".toml") and load_target(named).name == built_for:  # by an alias
+    if named is None or named == built_for or load_target(named).name == built_for:  # by an alias, or a file
         return
     raise UnsupportedError(
         f"{device}: devices.toml says that it is {named}; {bundle.path.name} was built for {built_for}; build for "

@@ -20,6 +20,7 @@ from edgepack.bench.run import benchmark
 from edgepack.bundle.bundle import open_bundle
 from edgepack.errors import DeviceError, UnsupportedError, UsageError
 from edgepack.report.group import group_document, group_page
+from edgepack.spec.shipped import shipped_folder
 from edgepack.transports.base import Transport
 from edgepack.transports.fake import FakeTransport
 from edgepack.transports.local import LocalTransport
@@ -127,6 +128,16 @@ def test_a_group_that_is_not_there_is_a_wrong_command_line(home: Path, bundle_pa
     assert members_of("lab", None) == ("first", "gone", "other-board")
 
 
+def test_a_device_may_be_of_a_target_of_the_users_own(
+    home: Path, bundle_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (shipped_folder("targets") / "x86-avx2.toml").read_text()
+    (home / "own.toml").write_text(text.replace('name = "x86-avx2"', 'name = "here"'))
+    (home / "devices.toml").write_text('[devices.mine]\naddress = "local"\ntarget = "own.toml"\n')
+    assert run(["bench", str(bundle_path), "-d", "mine", *QUICK]) == 0
+    assert "on mine" in capsys.readouterr().out
+
+
 def test_a_member_over_budget_is_a_result_and_a_failure(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +177,7 @@ def test_an_emulated_member_stands_in_the_table_without_a_latency(home: Path, bu
     result = benchmark(open_bundle(bundle_path), transport)
     page = group_page(GroupResult(name="lab", outcomes=(Outcome(device="emu", result=result, error=None),)))
     row, count = page.splitlines()[2:]
-    assert row.startswith("emu") and "none: emulated" in row and "MiB" not in row
+    assert row.split()[0] == "emu" and "none: emulated" in row and "MiB" not in row
     assert count == "1 of 1 devices"
 
 
