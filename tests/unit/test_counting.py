@@ -13,7 +13,7 @@ import pytest
 from edgepack.bench.instructions import IGNORES, Counted, InstructionCount, count_instructions, processor_named
 from edgepack.bench.result import BundleRef
 from edgepack.errors import DeviceError, UnsupportedError, UsageError
-from edgepack.protocol import Health
+from edgepack.protocol import Health, Loaded
 from edgepack.report.group import count_page
 from edgepack.transports.emulation_cpio import ALIGN, write_archive
 from edgepack.transports.emulation_machine import counting_model
@@ -99,7 +99,7 @@ COUNT = InstructionCount(
     cpu="cortex-a72",
     os="debian-12",
     runtime="onnxruntime 1.32.0",
-    health=Health(passed=True, outputs={}),
+    health=Health(passed=True, outputs={}, loaded=Loaded(source="model", note=None, driver=None)),
     counted=Counted(
         load=30_000_000, first=1_200_000, counts=(1000, 1010, 990), python="3.11.2", libc=("glibc", "2.36"), cpuinfo=""
     ),
