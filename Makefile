@@ -49,6 +49,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.coding
+	$(BIN)/python -m benchmarks.regression_gate
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

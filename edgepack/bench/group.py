@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepack.bench.member import Measure, Reach, Say, benchmark_device
-from edgepack.bench.result import BenchmarkResult, require_budgets
-from edgepack.bundle.bundle import Bundle
-from edgepack.errors import EdgepackError, GateMissedError, UsageError
+from edgepack.bench.member import Job, Opened, Outcome, Reach, Say, measure_device
+from edgepack.bench.regression import LAST
+from edgepack.errors import EdgepackError, UsageError
 from edgepack.spec.inventory import load_inventory
 from edgepack.spec.load import did_you_mean
 from edgepack.transports.base import Transport
@@ -24,15 +23,6 @@ STOP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of one member. Both are there where a result is over budget."""
-
-    device: str
-    result: BenchmarkResult | None
-    error: EdgepackError | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupResult:
     name: str
     outcomes: tuple[Outcome, ...]
@@ -40,12 +30,12 @@ class GroupResult:
 
     @property
     def failed(self) -> tuple[Outcome, ...]:
-        return tuple(each for each in self.outcomes if each.error is not None)
+        return tuple(each for each in self.outcomes if each.errors)
 
     @property
     def exit_code(self) -> int:
         """0; the code that all share where every member failed alike; 1 where some did, or for different reasons."""
-        codes = {each.error.exit_code if each.error else 0 for each in self.outcomes}
+        codes = {each.exit_code for each in self.outcomes}
         return codes.pop() if len(codes) == 1 else EdgepackError.exit_code
 
 
@@ -62,16 +52,24 @@ def members_of(group: str, inventory: Path | None) -> tuple[str, ...]:
     raise UsageError(f"--device {GROUP}{group}: no device is in that group in {looked}{did_you_mean(group, known)}")
 
 
-def benchmark_group(bundle: Bundle, group: str, measure: Measure, reach: Reach, *, say: Say) -> GroupResult:
-    """Measure `bundle` on every member at once. Raises UsageError and InputError for a group that is not there."""
+def measure_group(job: Job, group: str, reach: Reach, *, say: Say) -> GroupResult:
+    """Do the job on every member at once.
+
+    Raises UsageError and InputError for a group that is not there, UsageError for one device's result as the baseline
+    of all: each member's own is `last`.
+    """
+    if job.gate.baseline not in (None, LAST):
+        raise UsageError(
+            f"--baseline {job.gate.baseline}: is one device's result; for a group give `--baseline {LAST}`, which is "
+            "each member's own, or --against BUNDLE"
+        )
     names = members_of(group, reach.inventory)
     say(f"{len(names)} devices: {', '.join(names)}")
 
-    def one(name: str, opened: Callable[[Transport], None]) -> BenchmarkResult:
-        return benchmark_device(
-            bundle,
+    def one(name: str, opened: Opened) -> Outcome:
+        return measure_device(
+            job,
             name,
-            measure,
             reach,
             say=lambda line: say(line if line.startswith(f"{name}: ") else f"{name}: {line}"),
             progress=_quarters(name, say),
@@ -94,9 +92,7 @@ def _quarters(name: str, say: Say) -> Callable[[str, int, int], None]:
     return report
 
 
-def run_all(
-    names: Sequence[str], one: Callable[[str, Callable[[Transport], None]], BenchmarkResult], *, say: Say
-) -> tuple[Outcome, ...]:
+def run_all(names: Sequence[str], one: Callable[[str, Opened], Outcome], *, say: Say) -> tuple[Outcome, ...]:
     """`one(name, opened)` for each name in a thread of its own; an EdgepackError is an outcome, others are raised.
 
     The threads do not keep the process alive: an interrupt cuts their connections and gives them a moment.
@@ -114,7 +110,7 @@ def run_all(
         while len(found) < len(names):
             outcome = _next(done)
             found[outcome.device] = outcome
-            what = "done" if outcome.error is None else f"failed: {outcome.error}"
+            what = "; ".join(["failed", *map(str, outcome.errors)]) if outcome.errors else "done"
             say(f"{outcome.device}: {what} ({len(found)} of {len(names)})")
     except BaseException:
         for connection in list(connections):
@@ -136,23 +132,13 @@ def _next(done: queue.SimpleQueue[Outcome | BaseException]) -> Outcome:
 
 def _work(
     name: str,
-    one: Callable[[str, Callable[[Transport], None]], BenchmarkResult],
-    opened: Callable[[Transport], None],
+    one: Callable[[str, Opened], Outcome],
+    opened: Opened,
     done: queue.SimpleQueue[Outcome | BaseException],
 ) -> None:
     try:
-        result = one(name, opened)
+        done.put(one(name, opened))
     except EdgepackError as error:
-        done.put(Outcome(device=name, result=None, error=error))
+        done.put(Outcome(device=name, result=None, errors=(error,)))
     except BaseException as error:  # noqa: BLE001 - a defect: it is raised in the main thread
         done.put(error)
-    else:
-        done.put(Outcome(device=name, result=result, error=_over_budget(result)))
-
-
-def _over_budget(result: BenchmarkResult) -> GateMissedError | None:
-    try:
-        require_budgets(result)
-    except GateMissedError as error:
-        return error
-    return None

@@ -140,7 +140,7 @@ def count_instructions(
             f"{manifest.golden.min_sqnr_db:g}; a wrong result's instructions are not worth counting"
         )
     return InstructionCount(
-        bundle=BundleRef(path=str(bundle.path), digest=bundle.digest, name=manifest.name, target=manifest.target.name),
+        bundle=BundleRef.of(bundle),
         device=device,
         cpu=model.cpu,
         os=manifest.requires.os_name,

@@ -16,7 +16,7 @@ import onnx
 from edgepack.bench.here import flags_here, missing_here
 from edgepack.bench.install import Place, install_bundle, place_runner
 from edgepack.bench.machine import PROBE_COMMANDS, PROBE_FILES, Contact, check_machine, make_contact, read_machine
-from edgepack.bench.run import EMULATED_PATIENCE
+from edgepack.bench.ready import EMULATED_PATIENCE
 from edgepack.bench.versus import SpeedRatio, VersusOrder, compare_on
 from edgepack.build.execute import Workbench, model_files
 from edgepack.build.planner import BuildPlan

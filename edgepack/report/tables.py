@@ -299,23 +299,51 @@ def bench_page(result: BenchmarkResult) -> str:
     else:
         for name, percentile in latency.percentiles.items():
             text = (
-                f"{percentile.value:.3f} ms [{percentile.low:.3f}, {percentile.high:.3f}]"
+                f"{ms_text(percentile.value)} ms [{ms_text(percentile.low)}, {ms_text(percentile.high)}]"
                 if percentile
                 else "too few samples to tell"
             )
-            lines.append(f"  {name:<9} {text}")
-        lines.append(
-            f"  mean      {latency.mean:.3f} ms, {len(result.measured.samples_ns) if result.measured else 0} samples"
-        )
-    if result.memory is not None:
-        lines.append(f"  memory    {result.memory.peak:.1f} MiB peak, of which inference {result.memory.inference:.1f}")
+            lines.append(f"  {name.replace('_', '.'):<9} {text}")
+        lines.append(f"  mean      {ms_text(latency.mean)} ms, {latency.count} samples")
+        lines += _measured_lines(result)
     lines += [f"  note      {note}" for note in result.notes]
     return "\n".join(lines)
 
 
-def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows below headings, as wide as they need to be."""
-    table = _table(*headings)
+def _measured_lines(result: BenchmarkResult) -> list[str]:
+    """What a real device gives besides latency."""
+    lines, settings, rate = [], result.settings, result.throughput
+    if rate is not None:
+        interval = "too short for an interval" if rate.low is None else f"[{rate.low:.1f}, {rate.high:.1f}]"
+        lines.append(
+            f"  offline   {rate.per_s:.1f} samples/s {interval}, {settings.streams} streams of {settings.batch}"
+        )
+    lines.append(
+        f"  start     import {result.once('import_ms'):.1f} ms, load {result.once('load_ms'):.1f} ms, "
+        f"first inference {result.once('first_ms'):.1f} ms"
+    )
+    if len(result.repeats) > 1:
+        medians = ", ".join(ms_text(repeat.p50_ms) for repeat in result.repeats)
+        lines.append(f"  processes medians {medians} ms")
+    if result.memory is not None:
+        lines.append(f"  memory    {result.memory.peak:.1f} MiB peak, of which inference {result.memory.inference:.1f}")
+    energy = result.energy
+    if energy is None:
+        lines.append("  energy    not measurable here")
+    else:
+        text = f"{energy.joules_per_inference * 1e3:.3f} mJ an inference, {energy.watts:.2f} W ({energy.source})"
+        lines.append(f"  energy    {text}, all that the counter sees")
+    return lines
+
+
+def ms_text(value: float) -> str:
+    """Three decimals, more below a tenth of a millisecond."""
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.5f}"
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    table = _table(*columns)
     for row in rows:
         table.add_row(*row)
     return _text(table)

@@ -6,15 +6,15 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgepack.__main__ import run
-from edgepack.bench.group import GroupResult, Outcome, benchmark_group, members_of, run_all
-from edgepack.bench.member import Reach
+from edgepack.bench.conduct import Conduct
+from edgepack.bench.group import GroupResult, measure_group, members_of, run_all
+from edgepack.bench.member import Job, Outcome, Reach
 from edgepack.bench.result import BenchmarkResult
 from edgepack.bench.run import benchmark
 from edgepack.bundle.bundle import open_bundle
@@ -28,7 +28,7 @@ from tests.support.documents import documented
 from tests.support.runtime import make_bundle
 from tests.support.sshd import Sshd, running_sshd
 
-QUICK = ("--runs", "40", "--seconds", "0.1")
+QUICK = ("--runs", "40", "--seconds", "0.1", "--repeats", "1")
 DEVICES = """\
 [devices.first]
 address = "local"
@@ -148,6 +148,49 @@ def test_a_member_over_budget_is_a_result_and_a_failure(
     assert document["failures"][0]["kind"] == "gate-missed"
 
 
+def test_each_member_is_held_against_its_own_last_result(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "devices.toml").write_text(
+        "".join(f'[devices.{name}]\naddress = "local"\ngroups = ["lab"]\n' for name in ("one", "two"))
+    )
+    small, large = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", changes={"sizes": {"model": 2}})
+    kept = ("--wait", "--history", str(tmp_path / "h.sqlite"))
+    gate = (*kept, "--baseline", "last", "--fail-if", "size > +0%")
+    code, document, _ = bench(capsys, small.path, "lab", *gate)
+    assert code == 3 and document["results"] == []  # nobody has an earlier one
+    assert "of small for here on one;" in document["failures"][0]["error"]
+    assert run(["bench", str(small.path), "-d", "one", *QUICK, *kept, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["history"]
+    code, document, _ = bench(capsys, large.path, "lab", *gate)
+    assert code == 1
+    (result,) = document["results"]
+    assert (result["device"]["name"], result["gate"][0]["outcome"]) == ("one", "failed")
+    assert [(each["device"], each["kind"]) for each in document["failures"]] == [
+        ("one", "gate-missed"),
+        ("two", "bad-input"),
+    ]
+    code, document, _ = bench(capsys, large.path, "lab", *kept, "--baseline", first, "--fail-if", "size > +0%")
+    assert code == 2 and "is one device's result" in document["error"]["message"]
+
+
+def test_two_bundles_are_compared_in_turns_on_each_member(
+    home: Path, bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "devices.toml").write_text(DEVICES)
+    words = ("--against", str(bundle_path), "--fail-if", "size > +0%", "--history", str(tmp_path / "h.sqlite"))
+    assert run(["bench", str(bundle_path), "-d", "group:lab", "--seconds", "0.1", *words]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["device", "hardware", "ratio,"]
+    assert lines[2].split()[0] == "first" and "too few rounds" in lines[2]
+    assert lines[3] == "first" and lines[4].split()[:4] == ["gate", "size", ">", "+0%:"]
+    assert [line.split(":")[0] for line in lines[5:7]] == ["gone", "other-board"]
+    code, document, _ = bench(capsys, bundle_path, "lab", *words)
+    assert code == 1
+    (result,) = document["results"]
+    assert set(result) == documented("bench --against")[""]
+
+
 def test_members_over_a_real_sshd_wait_for_each_other_where_they_are_one_machine(
     home: Path, server: Sshd, bundle_path: Path
 ) -> None:
@@ -156,16 +199,18 @@ def test_members_over_a_real_sshd_wait_for_each_other_where_they_are_one_machine
     (home / ".ssh/known_hosts").write_text(server.known_hosts.read_text())
     entry = f'address = "{server.address}"\nkey = "{server.key_path}"\ngroups = ["lab"]\n'
     (home / "devices.toml").write_text(f"[devices.one]\n{entry}[devices.two]\n{entry}")
-    opened, said = open_bundle(bundle_path), list[str]()
-    measure = partial(benchmark, opened, runs=40, seconds=0.1)
-    group = benchmark_group(opened, "lab", measure, Reach(wait=True, root=str(home / ".edgepack")), say=said.append)
+    said = list[str]()
+    job = Job(
+        bundle=open_bundle(bundle_path), conduct=Conduct(runs=40, seconds=0.1), history=home / "h.sqlite", keep=False
+    )
+    group = measure_group(job, "lab", Reach(wait=True, root=str(home / ".edgepack")), say=said.append)
     assert group.exit_code == 0
     assert [each.device for each in group.outcomes] == ["one", "two"]
     assert sum("waiting: held by" in line for line in said) == 1
     windows = []
     for each in group.outcomes:
-        assert each.result is not None and each.result.environment is not None
-        starts = each.result.to_json()["samples"]["starts_ns"]  # type: ignore[index]
+        assert isinstance(each.result, BenchmarkResult)
+        starts = [ns for run in each.result.runs for ns in run.starts_ns]
         windows.append((starts[0], starts[-1]))
     (_, first_ended), (second_began, _) = sorted(windows)
     assert first_ended < second_began
@@ -175,14 +220,14 @@ def test_members_over_a_real_sshd_wait_for_each_other_where_they_are_one_machine
 def test_an_emulated_member_stands_in_the_table_without_a_latency(home: Path, bundle_path: Path) -> None:
     transport = LocalTransport(home=home, name="emu", emulated=True)
     result = benchmark(open_bundle(bundle_path), transport)
-    page = group_page(GroupResult(name="lab", outcomes=(Outcome(device="emu", result=result, error=None),)))
+    page = group_page(GroupResult(name="lab", outcomes=(Outcome(device="emu", result=result),)))
     row, count = page.splitlines()[2:]
     assert row.split()[0] == "emu" and "none: emulated" in row and "MiB" not in row
     assert count == "1 of 1 devices"
 
 
-def one_that(act: Callable[[str], None]) -> Callable[[str, Callable[[Transport], None]], BenchmarkResult]:
-    def one(name: str, opened: Callable[[Transport], None]) -> BenchmarkResult:
+def one_that(act: Callable[[str], None]) -> Callable[[str, Callable[[Transport], None]], Outcome]:
+    def one(name: str, opened: Callable[[Transport], None]) -> Outcome:
         act(name)
         raise UnsupportedError(f"{name} ran")
 
@@ -193,7 +238,7 @@ def test_members_run_at_the_same_time_and_come_back_in_order() -> None:
     everybody = threading.Barrier(8, timeout=20)
     names = [f"d{number}" for number in range(8)]
     outcomes = run_all(names, one_that(lambda _: everybody.wait()), say=lambda _: None)  # type: ignore[arg-type]
-    assert [(each.device, str(each.error)) for each in outcomes] == [(name, f"{name} ran") for name in names]
+    assert [(each.device, str(each.errors[0])) for each in outcomes] == [(name, f"{name} ran") for name in names]
 
 
 def test_a_defect_in_one_member_is_a_defect_of_the_whole(tmp_path: Path) -> None:
@@ -210,19 +255,19 @@ def test_an_interrupt_cuts_the_connections_of_all_members(tmp_path: Path) -> Non
     devices = [FakeTransport(tmp_path, name=name) for name in ("a", "b")]
     ended: list[Outcome] = []
 
-    def one(name: str, opened: Callable[[Transport], None]) -> BenchmarkResult:
+    def one(name: str, opened: Callable[[Transport], None]) -> Outcome:
         device = next(each for each in devices if each.name == name)
         opened(device)
         while not device.closed:
             time.sleep(0.01)
         error = DeviceError("cut")
-        ended.append(Outcome(device=name, result=None, error=error))
+        ended.append(Outcome(device=name, result=None, errors=(error,)))
         raise error
 
     def interrupted(line: str) -> None:
         raise KeyboardInterrupt
 
-    def with_one_done(name: str, opened: Callable[[Transport], None]) -> BenchmarkResult:
+    def with_one_done(name: str, opened: Callable[[Transport], None]) -> Outcome:
         if name == "first":
             while not all(thread.is_alive() for thread in threading.enumerate()):
                 time.sleep(0.01)

@@ -231,9 +231,10 @@ def test_bench_ends_with_7_where_the_device_is_in_use_and_with_wait_it_queues(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     bundle = str(make_bundle(tmp_path / "bundle").path)
-    assert run(["bench", bundle, "--json"]) == 7
-    error = json.loads(capsys.readouterr().out)["error"]
-    assert error["kind"] == "device" and "theirs.edgepack, since" in error["message"]
+    for words in ([bundle], [bundle, "--against", bundle], ["--self-check"]):
+        assert run(["bench", *words, "--json"]) == 7
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert error["kind"] == "device" and "theirs.edgepack, since" in error["message"]
     threading.Timer(1.5, other.kill).start()
     assert run(["bench", bundle, "--json", "--wait", "--runs", "20", "--seconds", "0.1"]) == 0
     captured = capsys.readouterr()

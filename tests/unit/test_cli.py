@@ -68,6 +68,22 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytes
     assert "edgepack: error:" in captured.err and captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x.edgepack", "--count-instructions", "--seconds", "1"], "--count-instructions takes no --seconds"),
+        (["x.edgepack", "--count-instructions", "--fail-if", "p50 > +3%"], "--count-instructions takes no --fail-if"),
+        (["x.edgepack", "--self-check"], "--self-check takes no bundle"),
+        (["--self-check", "--device", "group:lab"], "--self-check measures one device"),
+    ],
+)
+def test_bench_takes_no_option_that_it_would_ignore(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert door.run(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_with_json_an_error_is_one_document_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert door.run(["targets", "show", "rpi44", "--json"]) == 3
     error = json.loads(capsys.readouterr().out)["error"]

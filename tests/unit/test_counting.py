@@ -94,7 +94,18 @@ def test_a_bundle_for_another_architecture_is_refused_before_anything_is_fetched
 
 
 COUNT = InstructionCount(
-    bundle=BundleRef(path="a.edgepack", digest="0" * 64, name="a", target="rpi4"),
+    bundle=BundleRef(
+        path="a.edgepack",
+        digest="0" * 64,
+        name="a",
+        target="rpi4",
+        precision="int8",
+        model_bytes=1000,
+        metric="top1",
+        value=0.9,
+        drop=0.0,
+        is_share=True,
+    ),
     device="emulated:rpi4",
     cpu="cortex-a72",
     os="debian-12",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import pytest
 from edgepack.errors import DeviceError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.kernels import downgrades
-from edgepack.protocol import RUNNER_PATH, BenchOrder, Loaded, ModelRef, RunnerClient, RunnerError
+from edgepack.protocol import RUNNER_PATH, BenchOrder, Loaded, ModelRef, RunnerClient, RunnerError, SteadyTest
 from tests.support.npu import export_blob, stand_in_for_an_npu
 from tests.support.runtime import expected, feeds, lib_folder, model_ref, save_ir, save_model, start_runner
 
@@ -478,7 +480,99 @@ def test_bench_stops_when_its_time_is_up(runner: RunnerClient, tmp_path: Path) -
     assert 0.15e9 < run.starts_ns[-1] - run.starts_ns[0] < 1e9
 
 
+def test_warming_up_goes_on_until_the_times_are_steady_or_gives_up(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    model = model_ref(save_model(tmp_path / "m.onnx"))
+    lax = SteadyTest(block_ms=1.0, blocks=3, tolerance=1e6, max_seconds=20.0)
+    never = SteadyTest(block_ms=1.0, blocks=2, tolerance=0.0, max_seconds=0.05)
+    for steady, wanted in ((lax, True), (never, False), (None, None)):
+        order = BenchOrder(warmup=4, runs=5, seconds=0.0, max_seconds=5.0, steady=steady)
+        run = runner.bench(model, str(tmp_path / "in.npz"), order)
+        assert run.steady is wanted or (steady is never and run.steady)  # equal medians twice: steady indeed
+        assert len(run.warmup_ns) >= 4 and (steady is not None or len(run.warmup_ns) == 4)
+        assert steady is not lax or sum(run.warmup_ns) >= 3e6
+
+
+class Falling:
+    """A model whose times fall to a floor, as caches and branch predictors fill."""
+
+    def __init__(self, floor_ms: float, start_ms: float, half_life: int) -> None:
+        self.law, self.count = (floor_ms, start_ms, half_life), 0
+        self.times: list[float] = []
+
+    def run(self, feed: object) -> None:
+        floor, start, half_life = self.law
+        wanted = (floor + start * 0.5 ** (self.count / half_life)) / 1e3
+        self.count += 1
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < wanted:
+            pass
+        self.times.append(wanted)
+
+
+def test_warming_up_does_not_end_while_the_times_still_fall() -> None:
+    source = importlib.util.spec_from_file_location("edgepack_runner", RUNNER_PATH)
+    assert source is not None and source.loader is not None
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    model = Falling(floor_ms=1.0, start_ms=1.0, half_life=20)
+    times, steady = module.warm_up(model, [None], 0, (5_000_000, 5, 0.02, 20_000_000_000))
+    assert len(times) == model.count
+    # After 20 inferences half of the excess is left; within 2 % over five blocks there is hardly any.
+    assert not steady or model.times[-1] < 1.1e-3
+
+
+def test_streams_run_at_once_and_are_counted_together(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    order = BenchOrder(warmup=1, runs=50, seconds=0.3, max_seconds=20.0, streams=3)
+    run = runner.bench(model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz"), order)
+    assert len(run.samples_ns) == len(run.starts_ns) >= 50
+    assert list(run.starts_ns) == sorted(run.starts_ns)
+    with pytest.raises(RunnerError, match="'streams' is 0; expected 1 to 256"):
+        runner.bench(model_ref(tmp_path / "m.onnx"), str(tmp_path / "in.npz"), replace(order, streams=0))
+
+
+def test_processors_and_priority_are_those_asked_for_or_it_is_refused(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(1))  # type: ignore[arg-type]
+    model, inputs = model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz")
+    order = BenchOrder(warmup=0, runs=1, seconds=0.0, max_seconds=5.0)
+    here = runner.bench(model, inputs, order).cpus
+    last = replace(order, cpus=here[-1:], nice=7)
+    run = runner.bench(model, inputs, last)
+    assert (run.cpus, run.nice) == (here[-1:], 7)
+    for numbers, reason in (((4095,), "processors"), ((*here, 4095), "processors"), ((), "list of processor numbers")):
+        with pytest.raises(RunnerError, match=reason):
+            runner.bench(model, inputs, replace(order, cpus=numbers))
+
+
+def test_a_profile_names_every_operator_and_its_kernel(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    profile = runner.profile(model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz"), 7)
+    assert profile.runs == len(profile.wall_ns) == 7
+    assert {each.op: (each.kernel, each.count) for each in profile.operators} == {
+        "MatMul": ("CPUExecutionProvider", 7),
+        "Relu": ("CPUExecutionProvider", 7),
+    }
+    assert 0 < sum(each.ns for each in profile.operators) <= sum(profile.wall_ns)
+
+
+def test_the_runner_measures_its_own_overhead(runner: RunnerClient) -> None:
+    times = runner.self_check(500, ["/proc/stat"])
+    assert len(times.empty_ns) == 500 and min(times.empty_ns) >= 0
+    assert times.resolution_ns > 0 and len(times.sample_ns) == 10 and min(times.sample_ns) > 0
+    assert min(step for step in times.clock_ns if step > 0) == times.resolution_ns
+
+
 # --- OpenVINO ---
+
+
+def test_a_profile_of_openvino_names_the_kernels_that_ran(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(1))  # type: ignore[arg-type]
+    model = model_ref(save_ir(tmp_path / "m.xml"), "openvino", {"device": "CPU", "precision": "f32"})
+    with start_runner(tmp_path) as running:
+        profile = running.profile(model, str(tmp_path / "in.npz"), 5)
+    assert profile.operators and all(each.kernel and 0 < each.count <= 5 for each in profile.operators)
+    assert any(each.op == "MatMul" or "FullyConnected" in each.op for each in profile.operators)
 
 
 def test_openvino_runs_ir_under_any_name_of_a_tensor_at_the_precision_asked_for(
