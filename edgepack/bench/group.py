@@ -110,7 +110,7 @@ def run_all(names: Sequence[str], one: Callable[[str, Opened], Outcome], *, say:
         while len(found) < len(names):
             outcome = _next(done)
             found[outcome.device] = outcome
-            what = "; ".join(["failed", *map(str, outcome.errors)]) if outcome.errors else "done"
+            what = f"failed: {'; '.join(map(str, outcome.errors))}" if outcome.errors else "done"
             say(f"{outcome.device}: {what} ({len(found)} of {len(names)})")
     except BaseException:
         for connection in list(connections):

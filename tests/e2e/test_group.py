@@ -99,6 +99,7 @@ def test_each_member_gives_a_result_or_an_error_and_a_part_that_failed_is_exit_c
     assert "3 devices: first, gone, other-board" in said and "(3 of 3)" in said
 
 
+@pytest.mark.full
 def test_results_stand_side_by_side_with_the_failures_below(
     home: Path, bundle_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_group_that_is_not_there_is_a_wrong_command_line(home: Path, bundle_pa
     assert members_of("lab", None) == ("first", "gone", "other-board")
 
 
+@pytest.mark.full
 def test_a_device_may_be_of_a_target_of_the_users_own(
     home: Path, bundle_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_device_may_be_of_a_target_of_the_users_own(
     assert "on mine" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_member_over_budget_is_a_result_and_a_failure(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +151,7 @@ def test_a_member_over_budget_is_a_result_and_a_failure(
     assert document["failures"][0]["kind"] == "gate-missed"
 
 
+@pytest.mark.full
 def test_each_member_is_held_against_its_own_last_result(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +178,7 @@ def test_each_member_is_held_against_its_own_last_result(
     assert code == 2 and "is one device's result" in document["error"]["message"]
 
 
+@pytest.mark.full
 def test_two_bundles_are_compared_in_turns_on_each_member(
     home: Path, bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +196,7 @@ def test_two_bundles_are_compared_in_turns_on_each_member(
     assert set(result) == documented("bench --against")[""]
 
 
+@pytest.mark.full
 def test_members_over_a_real_sshd_wait_for_each_other_where_they_are_one_machine(
     home: Path, server: Sshd, bundle_path: Path
 ) -> None:

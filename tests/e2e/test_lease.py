@@ -118,6 +118,7 @@ def test_kill_9_of_the_holder_frees_the_device(server: Sshd, other: subprocess.P
     assert eventually(lambda: not holders())
 
 
+@pytest.mark.full
 def test_a_holder_that_hangs_loses_the_device_when_its_lease_is_over(server: Sshd) -> None:
     for process in _holding(server, lease_s=2.0):
         transport = server.transport()
@@ -226,6 +227,7 @@ def test_the_lease_process_ends_with_its_input_also_while_it_waits() -> None:
             assert process.wait(10) == 0
 
 
+@pytest.mark.full
 def test_bench_ends_with_7_where_the_device_is_in_use_and_with_wait_it_queues(
     tmp_path: Path, other: subprocess.Popen[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
