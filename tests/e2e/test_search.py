@@ -210,7 +210,7 @@ def build_here(
     max_drop: float = 0.03,
     **search: object,
 ) -> tuple[BuildReport, Path]:
-    """Build for a target whose clock is a table: the time of each candidate, "int8-" and "" for those that are not in it."""
+    """Build for a target whose clock is a table of candidates; "int8-" and "" are for those that are not in it."""
 
     class TimedByTable(Here):
         def __init__(self, bench: Workbench, target: Any) -> None:
