@@ -413,7 +413,7 @@ def test_an_npus_bundle_holds_ir_and_says_where_it_was_judged(made: Made, monkey
     done = made.edgepack("build", "-t", "intel-npu", "--json")
     (row,) = rows(done)
     assert row["target"] == "intel-npu-3720" and row["runtime"].startswith("openvino ")
-    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf"]
+    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf", "code"]
     manifest = open_bundle(made.project / row["path"]).manifest
     assert manifest.accuracy is not None and manifest.accuracy.note is not None
     assert "no NPU has run this bundle" in manifest.accuracy.note
