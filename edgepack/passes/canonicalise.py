@@ -13,6 +13,7 @@ from onnx import version_converter
 
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.index import operators
+from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
 from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, PassDefect, opset_of, read_onnx, same_interface
@@ -111,7 +112,7 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
 def _shaped(model: onnx.ModelProto) -> onnx.ModelProto:
     """With the shapes of its inner tensors inferred anew."""
     del model.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return infer_shapes(model)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:

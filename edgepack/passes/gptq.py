@@ -26,6 +26,7 @@ from onnx import numpy_helper
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.extract import extract
 from edgepack.graph.index import GraphIndex
+from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
 from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.contract import (
@@ -197,7 +198,7 @@ class _Sweep:
         self.layers = {
             name: layer_matrix(node, self.index.constants[node.input[1]].dims) for name, node in self.nodes.items()
         }
-        self.shapes = static_shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
+        self.shapes = static_shapes(infer_shapes(model))
 
     def stages(self) -> list[list[str]]:
         """Names of the layers of each stage."""
