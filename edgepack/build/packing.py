@@ -26,6 +26,7 @@ from edgepack.bundle.pack import (
     wheel_path,
     write_bundle,
 )
+from edgepack.errors import InputError
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.target import Target
@@ -64,7 +65,15 @@ def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench
             golden_inputs=bench.store.blob_path(judged.golden_inputs).read_bytes(),
             golden_outputs=bench.store.blob_path(judged.golden_outputs).read_bytes(),
         )
-        manifest = _manifest(plan, judged, opened, parts, pin.glibc)
+        try:
+            manifest = _manifest(plan, judged, opened, parts, pin.glibc)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(
+                f"{plan.target.name}: no manifest can hold what the project, the model or the target says for '{key}': "
+                f"{first['msg'].removeprefix('Value error, ')}; change it there"
+            ) from error
         budget = _budget(opened, plan)
         check_budget("the model", manifest.sizes.model, budget["model_mib"], plan.target.name)
         total = sum(entry.bytes for entry in manifest.files.values())
