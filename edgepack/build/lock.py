@@ -46,14 +46,15 @@ def read_lock(path: Path) -> dict[str, Locked]:
     """All entries, by target and operating system. Raises InputError for a file that is not a lock."""
     try:
         table = json.loads(path.read_bytes())
-        if table["schema"] != LOCK_SCHEMA:
-            raise InputError(f"{path}: schema {table['schema']}; this edgepack reads {LOCK_SCHEMA}: remove the file")
+        schema = table["schema"]
+        if type(schema) is not int or schema != LOCK_SCHEMA:  # true is 1 to !=
+            raise InputError(f"{path}: schema {schema!r:.40}; this edgepack reads {LOCK_SCHEMA}: remove the file")
         return {name: _entry(entry) for name, entry in table["builds"].items()}
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a lock of edgepack ({error}); remove it, or take it back from git") from error
 
 
