@@ -43,6 +43,7 @@ class Written:
     dimensions: dict[str, int]
     missing: tuple[str, ...]
     """What a build still needs."""
+    has_targets: bool
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -57,9 +58,8 @@ class Written:
         lines = [f"wrote {self.path}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}"]
         lines += [f"still missing: {each}" for each in self.missing]
         elsewhere = "" if self.path == Path(PROJECT_FILE) else f" --project {self.path}"
-        lines.append(
-            f"fill that in in {self.path}" if self.missing else f"next: edgepack build --target rpi4{elsewhere}"
-        )
+        target = "" if self.has_targets else " --target rpi4"
+        lines.append(f"fill that in in {self.path}" if self.missing else f"next: edgepack build{target}{elsewhere}")
         return "\n".join(lines)
 
 
@@ -95,6 +95,7 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
             *([] if answers.calibration else ["calibration data"]),
             *([] if answers.evaluation else ["evaluation data"]),
         ),
+        has_targets=bool(answers.targets),
     )
     text = _render(path, answers, written, guessed, open_dimensions)
     import tomllib
