@@ -92,7 +92,7 @@ def tensor_bytes(kind: onnx.TypeProto.Tensor) -> int | None:
         width = int(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize)
     except (KeyError, TypeError):
         return None
-    return math.prod(size for size in sizes if size is not None) * width
+    return math.prod(int(size) for size in sizes if size is not None) * width
 
 
 def _with_values(model: onnx.ModelProto, values: Mapping[str, int]) -> onnx.ModelProto:
