@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import onnx
 import onnxslim
 from onnx import version_converter
@@ -16,20 +15,15 @@ from edgepack.graph.index import operators
 from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
-from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, opset_of, read_onnx, same_interface
 from edgepack.passes.fold import fold_constants
+from edgepack.passes.same_function import ensure_same_function, refuse_random
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
 
 UPGRADE_TO = 17  # the newest opset that every onnxruntime of toolchains/ and OpenVINO's frontend read
 MIN_IR = 4  # from here on a constant need not stand among the inputs (ONNX IR specification, "Graphs")
-MAX_RELATIVE_ERROR = 1e-3
-"""Of the largest output value: fusing a BatchNormalization or folding constants only reorders float32 sums.
-
-2^-24 rounding over some thousand terms and some dozen layers stays an order below this.
-"""
-CHECKED_SAMPLES = 4
 
 
 class Canonicalise:
@@ -46,6 +40,7 @@ class Canonicalise:
     def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
         before = read_onnx(files)
         refuse_quantised(before)
+        refuse_random(before)
         dimensions = params["dimensions"]
         assert isinstance(dimensions, dict)
         fixed = fix_dimensions(before, {name: int(str(size)) for name, size in dimensions.items()}, "model")
@@ -55,35 +50,6 @@ class Canonicalise:
         path = context.folder / "model.onnx"
         path.write_bytes(serialise(after))
         return {"model": path}
-
-
-def ensure_same_function(before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext, who: str) -> None:
-    """Raises PassDefect when outputs differ by more than float rounding on the first calibration samples."""
-    names = [value.name for value in before.graph.output]
-    runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
-    for old, new in zip(*runs, strict=True):
-        for name in names:
-            error = relative_error(np.asarray(old[name]), np.asarray(new[name]))
-            if error > MAX_RELATIVE_ERROR:
-                raise PassDefect(
-                    f"{who}: output '{name}' is off by {error:.2g} of its range; "
-                    f"at most {MAX_RELATIVE_ERROR:g} is rounding"
-                )
-
-
-def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
-    """Largest difference as a share of the largest expected value; inf where shapes, NaNs or infinities differ."""
-    if expected.shape != found.shape:
-        return float("inf")
-    wide, other = expected.astype(np.float64), found.astype(np.float64)
-    finite = np.isfinite(wide)
-    if not np.array_equal(wide[~finite], other[~finite], equal_nan=True):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    scale = float(np.max(np.abs(wide[finite]))) or 1.0
-    # A NaN or an infinity where a number was expected counts as infinitely far.
-    return float(np.nan_to_num(np.max(np.abs(wide[finite] - other[finite])), nan=np.inf, posinf=np.inf)) / scale
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
