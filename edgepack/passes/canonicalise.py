@@ -1,4 +1,4 @@
-"""Canonical form: shapes fixed, opset new enough for per-channel scales, the graph folded and fused by onnxslim."""
+"""Canonical form: shapes fixed, float32, opset new enough for per-channel scales, folded and fused by onnxslim."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx
+import onnx.inliner
 import onnxslim
 from onnx import version_converter
 
@@ -17,7 +18,8 @@ from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
 from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, opset_of, read_onnx, same_interface
 from edgepack.passes.fold import fold_constants
-from edgepack.passes.same_function import ensure_same_function, refuse_random
+from edgepack.passes.same_function import HALF_ERROR, ensure_same_function, refuse_random
+from edgepack.passes.widen import widen
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -28,7 +30,7 @@ MIN_IR = 4  # from here on a constant need not stand among the inputs (ONNX IR s
 
 class Canonicalise:
     name: ClassVar[str] = "canonicalise"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     title: ClassVar[str] = "fix shapes, upgrade opset, fold and fuse"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -41,15 +43,33 @@ class Canonicalise:
         before = read_onnx(files)
         refuse_quantised(before)
         refuse_random(before)
-        dimensions = params["dimensions"]
-        assert isinstance(dimensions, dict)
-        fixed = fix_dimensions(before, {name: int(str(size)) for name, size in dimensions.items()}, "model")
-        after = simplify(upgrade(fixed))
+        fixed = fix_dimensions(inlined(before), sizes_of(params), "model")
+        wide = widen(fixed)
+        after = simplify(upgrade(wide))
         same_interface(fixed, after, self.name)
-        ensure_same_function(fixed, after, context, self.name)
+        if wide is not fixed:
+            ensure_same_function(fixed, wide, context, self.name, limit=HALF_ERROR)
+        ensure_same_function(wide, after, context, self.name)
         path = context.folder / "model.onnx"
         path.write_bytes(serialise(after))
         return {"model": path}
+
+
+def sizes_of(params: Mapping[str, Json]) -> dict[str, int]:
+    """The sizes that `params_for` took from the project."""
+    dimensions = params["dimensions"]
+    assert isinstance(dimensions, dict)
+    return {name: int(str(size)) for name, size in dimensions.items()}
+
+
+def canonical_form(model: onnx.ModelProto, dimensions: Mapping[str, int]) -> onnx.ModelProto:
+    """What the pass makes of a model, without the proof on samples. Raises InputError, UnsupportedError."""
+    return simplify(upgrade(widen(fix_dimensions(inlined(model), dimensions, "model"))))
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without functions of its own."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
