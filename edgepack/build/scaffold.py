@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,8 +79,8 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
     named = (_reference(path, name) if name.endswith(".toml") else name for name in answers.targets)
     answers = replace(answers, targets=tuple(named))
     free = free_dimensions(model)
-    given = _parse_dimensions(answers.dimensions, free)
-    guessed = {name: 1 for name in free if name not in given and name.lower() in BATCH_NAMES}
+    given = parse_dimensions(answers.dimensions, free)
+    guessed = guess_batch(free, given)
     values = given | guessed
     open_dimensions = {name: users for name, users in free.items() if name not in values}
     written = Written(
@@ -121,7 +122,14 @@ def _require_metric(name: str | None) -> None:
         raise InputError(f"--metric {name}: unknown metric{did_you_mean(name, known)}, or module.py:function")
 
 
-def _parse_dimensions(given: tuple[str, ...], free: dict[str, list[str]]) -> dict[str, int]:
+def guess_batch(free: Iterable[str], given: Iterable[str]) -> dict[str, int]:
+    """1 for each free dimension without a value that is called as a batch."""
+    known = set(given)
+    return {name: 1 for name in free if name not in known and name.lower() in BATCH_NAMES}
+
+
+def parse_dimensions(given: Sequence[str], free: dict[str, list[str]]) -> dict[str, int]:
+    """NAME=SIZE for each. Raises UsageError, and InputError for a name that is not free."""
     values: dict[str, int] = {}
     for text in given:
         name, _, size = text.rpartition("=")

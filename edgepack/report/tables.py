@@ -73,7 +73,7 @@ def _bundle_row(built: Built) -> dict[str, Json]:
 
 def build_table(report: BuildReport) -> str:
     """One row a bundle, fp32 and compressed side by side, and below it what was done and where it was judged."""
-    table = _table(
+    table = text_table(
         "target", "model", "fp32", "here", "smaller", "metric", "fp32", "here", "drop, 95 % interval", "gate"
     )
     lines: list[str] = []
@@ -97,7 +97,7 @@ def build_table(report: BuildReport) -> str:
             )
             if built.plan.recipe.note:
                 lines.append(f"  {built.plan.recipe.note}")
-    return "\n".join([_text(table), *lines])
+    return "\n".join([table_text(table), *lines])
 
 
 def _accuracy_cells(verdict: Mapping[str, Json] | None) -> tuple[str, str, str, str, str]:
@@ -158,10 +158,10 @@ def bundle_page(bundle: Bundle) -> str:
         f"  health    {m.golden.samples} golden samples, at least {m.golden.min_sqnr_db:g} dB",
         "  files",
     ]
-    table = _table("path", "bytes", "sha256")
+    table = text_table("path", "bytes", "sha256")
     for path, entry in m.files.items():
         table.add_row(path, f"{entry.bytes:,}", entry.sha256[:16])
-    return "\n".join([*lines, _text(table).rstrip()])
+    return "\n".join([*lines, table_text(table).rstrip()])
 
 
 def _evidence(bundle: Bundle) -> list[str]:
@@ -216,14 +216,14 @@ def bench_page(result: BenchmarkResult) -> str:
     return "\n".join(lines)
 
 
-def _table(*columns: str) -> Table:
+def text_table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
 
 
-def _text(table: Table) -> str:
+def table_text(table: Table) -> str:
     """As wide as it needs to be, so that a file or a pipe gets whole rows; no colour."""
     out = io.StringIO()
     Console(file=out, width=400, color_system=None).print(table)
