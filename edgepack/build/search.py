@@ -47,6 +47,8 @@ class BuildOptions:
     """Also pack the fp32 model, as NAME-TARGET.fp32.edgepack."""
     relock: bool = False
     """Measure and choose anew."""
+    as_is: bool = False
+    """Pack the model as it was given: it is quantised already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ def build(opened: OpenProject, targets: Sequence[str], options: BuildOptions, be
     failed: list[Failed] = []
     for target in chosen:
         try:
-            for precision in precisions(baseline=options.baseline):
+            for precision in precisions(options):
                 built.append(build_target(opened, target, precision, options, bench))
         except EdgepackError as error:
             failed.append(Failed(target=target.name, error=error))
@@ -116,7 +118,7 @@ def plan_all(
     for target in chosen:
         try:
             system = target.os_named(options.os_name)
-            plans += [plan_for(opened, target, system, each, bench) for each in precisions(baseline=options.baseline)]
+            plans += [plan_for(opened, target, system, each, bench) for each in precisions(options)]
         except EdgepackError as error:
             failed.append(Failed(target=target.name, error=error))
     return plans, BuildReport(built=(), failed=tuple(failed))
@@ -135,9 +137,11 @@ def chosen_targets(names: Sequence[str]) -> list[Target]:
     return list(chosen.values())
 
 
-def precisions(*, baseline: bool) -> tuple[Precision, ...]:
+def precisions(options: BuildOptions) -> tuple[Precision, ...]:
     """What is built for each target, in this order: the baseline is there to be compared with what ships."""
-    return ("int8", "fp32") if baseline else ("int8",)
+    if options.as_is:
+        return ("as-is",)
+    return ("int8", "fp32") if options.baseline else ("int8",)
 
 
 def build_target(
@@ -177,7 +181,7 @@ def wheels_digest(pin: Pin) -> str:
 
 
 def bundle_path(opened: OpenProject, target: Target, options: BuildOptions, precision: Precision) -> Path:
-    suffix = SUFFIX if precision == "int8" else f".{precision}{SUFFIX}"
+    suffix = f".fp32{SUFFIX}" if precision == "fp32" else SUFFIX
     return options.output / f"{opened.project.name}-{target.name}{suffix}"
 
 
@@ -208,7 +212,7 @@ def _vouches(found: Locked, plan: BuildPlan) -> bool:
     if found.plan != plan.key:
         return False
     if found.verdict is None:
-        return plan.recipe.precision == "fp32"
+        return not plan.recipe.is_judged
     verdict = verdict_from(found.verdict)
     return verdict.holds and verdict.interval is not None
 
