@@ -12,7 +12,7 @@ from edgepack.graph.inference import infer_shapes
 from edgepack.graph.layers import Layer, layers, peak_activation_bytes, unknown_shapes
 from edgepack.graph.shapes import fix_dimensions, free_dimensions, inputs, outputs
 from edgepack.passes.canonicalise import canonical_form, refuse_quantised
-from edgepack.passes.contract import opset_of
+from edgepack.passes.contract import PER_CHANNEL_OPSET, opset_of
 from edgepack.passes.qdq_plan import plan_qdq
 from edgepack.passes.same_function import refuse_random
 from edgepack.runtimes.operators import OperatorTable, Taken, operator_table
@@ -110,7 +110,8 @@ def check_model(
     shaped = _shaped(model, sizes, found, as_is=as_is)
     listed = layers(shaped)
     int8 = frozenset() if as_is else frozenset(plan_qdq(shaped).nodes)
-    views = tuple(_view(runtime, shaped, listed, target, system) for runtime in target.runtimes)
+    needs = _Needs(model=shaped, layers=listed, quantised=bool(int8), target=target, system=system)
+    views = tuple(_view(runtime, needs) for runtime in target.runtimes)
     memory = _memory(shaped, listed, int8, target)
     found.take(lambda: _fit_memory(memory, target))
     if all(view.refusals for view in views):
@@ -156,16 +157,26 @@ def _shaped(model: onnx.ModelProto, sizes: Mapping[str, int], found: _Findings, 
         return model
 
 
-def _view(
-    runtime: str, model: onnx.ModelProto, listed: tuple[Layer, ...], target: Target, system: System
-) -> RuntimeView:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Needs:
+    """What a runtime has to take, and where."""
+
+    model: onnx.ModelProto
+    layers: tuple[Layer, ...]
+    quantised: bool
+    target: Target
+    system: System
+
+
+def _view(runtime: str, needs: _Needs) -> RuntimeView:
+    target, listed = needs.target, needs.layers
     try:
-        pin = load_toolchain(runtime).release_for(target.machine, system.python, system.glibc)
+        pin = load_toolchain(runtime).release_for(target.machine, needs.system.python, needs.system.glibc)
     except UnsupportedError as error:
         return RuntimeView(runtime=runtime, release=None, taken=(), refusals=(str(error),))
     table = operator_table(runtime, pin.release)
     taken = () if table is None else tuple(table.taken(each.operator, each.version, each.types) for each in listed)
-    refusals = [*_missing(listed, taken), *_too_new(model, table), *_not_static(model, target)]
+    refusals = [*_missing(listed, taken), *_too_new(needs, table), *_not_static(needs.model, target)]
     return RuntimeView(runtime=runtime, release=pin.release, taken=taken, refusals=tuple(refusals))
 
 
@@ -193,13 +204,19 @@ def _cure(layer: Layer) -> str:
     return "replace the operator in the model, or choose a target with another runtime"
 
 
-def _too_new(model: onnx.ModelProto, table: OperatorTable | None) -> list[str]:
-    opset = opset_of(model)
-    if table is None or table.newest_opset is None or opset <= table.newest_opset:
+def _too_new(needs: _Needs, table: OperatorTable | None) -> list[str]:
+    """Where the runtime does not read the model's opset, or has no QuantizeLinear of it."""
+    opset = opset_of(needs.model)
+    if table is None or table.newest_opset is None:
+        return []
+    newest = table.newest_opset
+    while needs.quantised and newest > PER_CHANNEL_OPSET and table.taken("QuantizeLinear", newest, {}).how != "yes":
+        newest -= 1
+    if opset <= newest:
         return []
     return [
-        f"opset {opset}: {table.runtime} {table.release} reads up to {table.newest_opset}; export the model with that "
-        "one, or choose a newer operating system of the device with --os"
+        f"opset {opset}: {table.runtime} {table.release} takes up to {newest}; export the model with that one, or "
+        "choose a newer operating system of the device with --os"
     ]
 
 

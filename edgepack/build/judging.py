@@ -44,7 +44,7 @@ def judge_plan(plan: BuildPlan, opened: OpenProject, bench: Workbench, *, fresh:
     Raises GateMissedError or GateUnresolvedError, and what `execute` raises.
     """
     record = execute(plan, opened, bench)
-    verdict = None if plan.recipe.precision == "fp32" else _verdict(plan, record, opened, bench, fresh=fresh)
+    verdict = _verdict(plan, record, opened, bench, fresh=fresh) if plan.recipe.is_judged else None
     inputs, outputs = _golden(plan, record, opened, bench)
     return Judged(
         record=record,

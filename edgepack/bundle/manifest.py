@@ -96,7 +96,7 @@ class ModelPart(Part):
     files: dict[str, str]
     """Path in the bundle by role: `model`, and `weights` where the format keeps them apart."""
     format: Literal["onnx", "openvino-ir"]
-    precision: Literal["int8", "fp32"]
+    precision: Literal["int8", "fp32", "as-is"]
     source_sha256: Hex
     source_bytes: Bytes
     inputs: tuple[TensorPart, ...]
@@ -190,7 +190,7 @@ class Manifest(Part):
     runtime: RuntimePart
     passes: tuple[PassPart, ...]
     accuracy: AccuracyPart | None
-    """None in a bundle of the fp32 model itself."""
+    """None in a bundle of the fp32 model itself, or of the model as it was given."""
     speed: Literal["not measured"] = "not measured"
     sizes: Sizes
     golden: Golden

@@ -32,6 +32,9 @@ def build(
         bool, typer.Option("--accept-unresolved", help="Ship also where there are too few samples to tell.")
     ] = False,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="Measure and choose anew.")] = False,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Pack the model as it is, without quantising: it is quantised already.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -44,6 +47,7 @@ def build(
     Examples:
       edgepack build --target rpi4
       edgepack build --target rpi4 --target x86-avx512 --target intel-npu --json
+      edgepack build int8.onnx --target rpi4 --as-is
       edgepack build other.onnx --target ./my-board.toml --os debian-13 --dry-run
     """
     from edgepack.build.execute import Workbench
@@ -61,7 +65,11 @@ def build(
     if not names:
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     bench = Workbench(store=store, say=say)
-    options = BuildOptions(project_file=project, output=output, os_name=os, baseline=baseline, relock=update_lock)
+    if as_is and baseline:
+        raise UsageError("--as-is with --baseline: a model that is packed as it is has no fp32 form; leave one out")
+    options = BuildOptions(
+        project_file=project, output=output, os_name=os, baseline=baseline, relock=update_lock, as_is=as_is
+    )
     if dry_run:
         plans, report = plan_all(opened, names, options, bench)
         document, text = plan_document(plans, report), "\n".join(str(plan) for plan in plans)

@@ -112,14 +112,24 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         taken.add(node.name)
 
 
+QDQ = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+INTEGER = {"ConvInteger", "MatMulInteger", "QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
+INTEGER |= {"MatMulNBits", "QMoE", "MatMulBnb4", "GatherBlockQuantized"}
+"""Operators on integers, ONNX's own and onnxruntime's, beside those that begin with QLinear."""
+
+
+def quantised_operators(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The operators that tell that somebody quantised the model already; () for a float model."""
+    found = operators(model.graph) | {node.op_type for function in model.functions for node in function.node}
+    return tuple(sorted(op for op in found if op in QDQ | INTEGER or op.startswith("QLinear")))
+
+
 def refuse_quantised(model: onnx.ModelProto) -> None:
     """Raises UnsupportedError for a model that somebody quantised already."""
-    kinds = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
-    contrib = {"QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"}  # onnxruntime's
-    kinds |= contrib
-    found = sorted({op for op in operators(model.graph) if op in kinds or op.startswith("QLinear")})
+    found = quantised_operators(model)
     if found:
+        form = "QOperator" if set(found) - QDQ else "QDQ"
         raise UnsupportedError(
-            f"model: already quantised (it has {', '.join(found)}); quantising twice loses accuracy twice: "
-            "give the float32 model"
+            f"model: already quantised ({form}: it has {', '.join(found)}); quantising twice loses accuracy twice: "
+            "give the float32 model, or ship this one as it is with --as-is"
         )

@@ -62,11 +62,21 @@ class OperatorTable:
         return Taken(how="decomposed") if by_function else Taken(how="no", why=why)
 
     def _has_kernel(self, operator: str, version: int, types: Mapping[str, str]) -> bool:
+        """By onnxruntime's own rule (kernel_registry.cc, VerifyVersion): one without an end is for the very definition
+        that it begins with, since nobody knows what a later one changes."""
         assert self.kernels is not None
+        since = _since(operator, version)
         return any(
-            first <= version and (last is None or version <= last) and _fit(types, takes)
+            (first == since or (last is not None and first <= since <= last)) and _fit(types, takes)
             for first, last, takes in self.kernels[operator]
         )
+
+
+def _since(operator: str, version: int) -> int:
+    """The opset that last changed an operator, as seen from `version`."""
+    if ":" in operator or not defs.has(operator, domain="", max_inclusive_version=version):
+        return version
+    return int(defs.get_schema(operator, max_inclusive_version=version, domain="").since_version)
 
 
 def _fit(types: Mapping[str, str], takes: Mapping[str, str]) -> bool:

@@ -9,7 +9,8 @@ from edgepack.errors import UnsupportedError
 from edgepack.spec.target import Target
 from edgepack.store import Json
 
-Precision = Literal["int8", "fp32"]
+Precision = Literal["int8", "fp32", "as-is"]
+"""`as-is`: whatever the model that was given has; for one that is quantised already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,11 @@ class Recipe:
     judged_on: str
     note: str | None = None
     """What the reader of a verdict must know."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether what ships may differ from the model that was given, so that the gate has something to say."""
+        return self.precision == "int8" or (self.precision == "as-is" and self.model_format != "onnx")
 
 
 ONNXRUNTIME_OPTIONS: dict[str, Json] = {"allow_spinning": False, "arena": True}
@@ -64,11 +70,18 @@ def recipe_for(target: Target, precision: Precision) -> Recipe:
     )
 
 
+_ONNX_PASSES: dict[Precision, tuple[str, ...]] = {
+    "int8": ("canonicalise", "quantise-static"),
+    "fp32": ("canonicalise",),
+    "as-is": ("keep",),
+}
+
+
 def _onnxruntime(precision: Precision) -> Recipe:
     return Recipe(
         runtime="onnxruntime",
         precision=precision,
-        passes=("canonicalise", "quantise-static") if precision == "int8" else ("canonicalise",),
+        passes=_ONNX_PASSES[precision],
         model_format="onnx",
         device_options=ONNXRUNTIME_OPTIONS,
         judge_options=ONNXRUNTIME_OPTIONS,
@@ -78,7 +91,7 @@ def _onnxruntime(precision: Precision) -> Recipe:
 
 def _openvino(target: Target, precision: Precision) -> Recipe:
     npu = target.accelerator is not None and target.accelerator.kind == "npu"
-    convert = ("canonicalise", "convert-openvino")
+    convert = ("keep" if precision == "as-is" else "canonicalise", "convert-openvino")
     return Recipe(
         runtime="openvino",
         precision=precision,

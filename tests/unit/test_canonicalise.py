@@ -172,7 +172,7 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
 def test_a_quantised_operator_is_found_inside_a_branch_too(kind: str) -> None:
     graph = graphs.reading_if()
     graph.graph.node[-1].attribute[0].g.node[0].op_type = kind
-    with pytest.raises(UnsupportedError, match=f"already quantised .it has {kind}"):
+    with pytest.raises(UnsupportedError, match=f"already quantised .*it has {kind}"):
         refuse_quantised(graph)
 
 

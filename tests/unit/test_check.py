@@ -76,8 +76,15 @@ def test_an_opset_that_the_devices_own_release_does_not_read_is_named_with_both_
     graph = graphs.model([node("Relu", ["x"], ["y"])], [value("x", 1)], [value("y", 1)], {}, opset=23)
     old = load_target("rpi4").os_named("debian-11")
     found = problem(checked(graph, system=old))
-    assert found.startswith("opset 23: onnxruntime 1.19.2 reads up to 21") and "--os" in found
+    assert found.startswith("opset 23: onnxruntime 1.19.2 takes up to 21") and "--os" in found
     assert checked(graph).problems == ()
+
+
+def test_an_opset_without_a_quantise_kernel_is_refused_where_int8_is_planned() -> None:
+    """onnxruntime 1.32 loads opset 28, but has no kernel for its QuantizeLinear."""
+    found = problem(checked(graphs.residual(opset=28)))
+    assert found.startswith("opset 28: onnxruntime 1.32.0 takes up to 27; export the model with that one")
+    assert checked(graphs.residual(opset=27)).problems == ()
 
 
 def test_a_size_that_follows_from_data_is_refused_where_shapes_are_static() -> None:

@@ -38,6 +38,8 @@ def test_every_release_that_is_pinned_was_asked(runtime: str) -> None:
         ("Conv", 17, {"T": "double"}, "no"),
         ("Conv", 17, {"T": "bfloat16"}, "no"),
         ("Softmax", 17, {"T": "float16"}, "float32"),
+        ("QuantizeLinear", 27, {}, "yes"),
+        ("QuantizeLinear", 28, {}, "no"),
         ("GroupNormalization", 21, {"T": "float"}, "decomposed"),
         ("Det", 17, {"T": "float"}, "yes"),
         ("com.microsoft:QGemm", 1, {}, "yes"),
