@@ -7,20 +7,27 @@ from dataclasses import dataclass
 
 import onnx
 
+import edgepack
+from edgepack.build.check_runtimes import Needs, RuntimeView, runtime_view
+from edgepack.build.inputs import OpenProject
 from edgepack.errors import EdgepackError, InputError, UnsupportedError
 from edgepack.graph.inference import infer_shapes
-from edgepack.graph.layers import Layer, layers, peak_activation_bytes, unknown_shapes
+from edgepack.graph.layers import Layer, layers, peak_activation_bytes
+from edgepack.graph.load import read_model
 from edgepack.graph.shapes import fix_dimensions, free_dimensions, inputs, outputs
 from edgepack.passes.canonicalise import canonical_form, refuse_quantised
-from edgepack.passes.contract import PER_CHANNEL_OPSET, opset_of
+from edgepack.passes.contract import opset_of
 from edgepack.passes.qdq_plan import plan_qdq
 from edgepack.passes.same_function import refuse_random
-from edgepack.runtimes.operators import OperatorTable, Taken, operator_table
+from edgepack.runtimes.operators import tables_digest
+from edgepack.runtimes.recipes import recipe_for
 from edgepack.spec.target import System, Target
 from edgepack.spec.tensor import TensorSpec
-from edgepack.spec.toolchain import load_toolchain
+from edgepack.store import StepRecord, digest_json
 
 MIB = 1 << 20
+CHECK_VERSION = 1
+"""Raised with what is checked: it is in the key of what is kept."""
 
 SENSITIVE = frozenset({"Softmax", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "Sqrt", "Exp", "Log"})
 SENSITIVE |= {"GroupNormalization", "RMSNormalization", "Gelu", "Erf", "Pow", "Reciprocal", "Div", "LSTM", "GRU", "RNN"}
@@ -30,19 +37,6 @@ SENSITIVE |= {"ReduceMean", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh"}
 Kim et al. 2021, "I-BERT", section 3 (Softmax, GELU, LayerNorm); quantised with the rest they took a text recogniser
 from 0.83 of its words to none (docs/data.md's PP-OCR, onnxruntime 1.32).
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeView:
-    """The model in one of the target's runtimes."""
-
-    runtime: str
-    release: str | None
-    """None where this version has none for the target."""
-    taken: tuple[Taken, ...]
-    """For each layer; empty where the runtime's operators are not known here."""
-    refusals: tuple[str, ...]
-    """Why it cannot take the model, each with its cure; empty: it can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +104,13 @@ def check_model(
     shaped = _shaped(model, sizes, found, as_is=as_is)
     listed = layers(shaped)
     int8 = frozenset() if as_is else frozenset(plan_qdq(shaped).nodes)
-    needs = _Needs(model=shaped, layers=listed, quantised=bool(int8), target=target, system=system)
-    views = tuple(_view(runtime, needs) for runtime in target.runtimes)
+    needs = Needs(model=shaped, layers=listed, quantised=bool(int8), target=target, system=system)
+    views = tuple(runtime_view(runtime, needs) for runtime in target.runtimes)
     memory = _memory(shaped, listed, int8, target)
     found.take(lambda: _fit_memory(memory, target))
-    if all(view.refusals for view in views):
-        found.problems += [refusal for view in views for refusal in view.refusals]
+    found.take(lambda: recipe_for(target, "as-is" if as_is else "int8"))
+    if all(each.refusals for each in views):
+        found.problems += [refusal for each in views if each.release for refusal in each.refusals]
     return CheckReport(
         target=target.name,
         system=system.name,
@@ -155,86 +150,6 @@ def _shaped(model: onnx.ModelProto, sizes: Mapping[str, int], found: _Findings, 
         return infer_shapes(model)
     except (onnx.shape_inference.InferenceError, InputError):
         return model
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Needs:
-    """What a runtime has to take, and where."""
-
-    model: onnx.ModelProto
-    layers: tuple[Layer, ...]
-    quantised: bool
-    target: Target
-    system: System
-
-
-def _view(runtime: str, needs: _Needs) -> RuntimeView:
-    target, listed = needs.target, needs.layers
-    try:
-        pin = load_toolchain(runtime).release_for(target.machine, needs.system.python, needs.system.glibc)
-    except UnsupportedError as error:
-        return RuntimeView(runtime=runtime, release=None, taken=(), refusals=(str(error),))
-    table = operator_table(runtime, pin.release)
-    taken = () if table is None else tuple(table.taken(each.operator, each.version, each.types) for each in listed)
-    refusals = [*_missing(listed, taken), *_too_new(needs, table), *_not_static(needs.model, target)]
-    return RuntimeView(runtime=runtime, release=pin.release, taken=taken, refusals=tuple(refusals))
-
-
-def _missing(listed: tuple[Layer, ...], taken: tuple[Taken, ...]) -> list[str]:
-    """One line for each reason, with the nodes that have it."""
-    nodes: dict[str, list[Layer]] = {}
-    for layer, answer in zip(listed, taken, strict=False):  # taken may be empty
-        if answer.how == "no":
-            nodes.setdefault(answer.why, []).append(layer)
-    return [f"{why} (node {_some(found)}); {_cure(found[0])}" for why, found in nodes.items()]
-
-
-def _some(found: list[Layer]) -> str:
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(f"'{layer.name}'" for layer in found[:3]) + more
-
-
-def _cure(layer: Layer) -> str:
-    if "double" in layer.types.values():
-        return "export the model in float32"
-    if "bfloat16" in layer.types.values():
-        return "export the model in float32 or float16"
-    if ":" in layer.operator:
-        return "export the model with ONNX's own operators only"
-    return "replace the operator in the model, or choose a target with another runtime"
-
-
-def _too_new(needs: _Needs, table: OperatorTable | None) -> list[str]:
-    """Where the runtime does not read the model's opset, or has no QuantizeLinear of it."""
-    opset = opset_of(needs.model)
-    if table is None or table.newest_opset is None:
-        return []
-    newest = table.newest_opset
-    while needs.quantised and newest > PER_CHANNEL_OPSET and table.taken("QuantizeLinear", newest, {}).how != "yes":
-        newest -= 1
-    if opset <= newest:
-        return []
-    return [
-        f"opset {opset}: {table.runtime} {table.release} takes up to {newest}; export the model with that one, or "
-        "choose a newer operating system of the device with --os"
-    ]
-
-
-def _not_static(model: onnx.ModelProto, target: Target) -> list[str]:
-    """One line an operator whose result has a size that only running shows."""
-    if target.numerics.shapes != "static":
-        return []
-    makers: dict[str, str] = {}
-    for name, operator in unknown_shapes(model).items():
-        makers.setdefault(operator, name)
-    if not makers:
-        return []
-    first, name = next(iter(makers.items()))
-    others = f" (also {', '.join(list(makers)[1:])})" if len(makers) > 1 else ""
-    return [
-        f"{target.name} needs static shapes; {first} makes '{name}'{others}, whose size depends on the data: cut the "
-        "model before it and do the rest in the application, or choose a target with dynamic shapes"
-    ]
 
 
 def _memory(model: onnx.ModelProto, listed: tuple[Layer, ...], int8: frozenset[str], target: Target) -> Memory:
@@ -299,3 +214,34 @@ def _float_notes(listed: tuple[Layer, ...], int8: frozenset[str]) -> list[str]:
             "Conv, Gemm and MatMul with constant float32 weights, outside If, Loop and Scan"
         )
     return notes
+
+
+def ensure_takes(opened: OpenProject, target: Target, system: System, *, as_is: bool = False) -> None:
+    """Raises UnsupportedError with all that keeps the project's model off a target. What was checked once is kept."""
+    key = digest_json(
+        {
+            "check": CHECK_VERSION,
+            "edgepack": edgepack.__version__,
+            "operators": tables_digest(),
+            "model": opened.model_digest,
+            "dimensions": {**opened.project.dimensions},
+            "target": target.model_dump(mode="json"),
+            "system": system.name,
+            "as_is": as_is,
+        }
+    )
+    record = opened.store.recall(key)
+    if record is None:
+        report = check_model(
+            read_model(opened.model_path).model,
+            target,
+            dimensions=opened.project.dimensions,
+            system=system,
+            as_is=as_is,
+        )
+        record = StepRecord(files={}, facts={"problems": list(report.problems)})
+        opened.store.record(key, record)
+    problems = record.facts["problems"]
+    assert isinstance(problems, list)
+    if problems:
+        raise UnsupportedError("\n".join(f"{target.name}: {problem}" for problem in problems))

@@ -14,6 +14,7 @@ from typing import Literal
 from onnx import defs
 
 from edgepack.spec.shipped import shipped_folder
+from edgepack.store import digest_file, digest_json
 
 How = Literal["yes", "decomposed", "float32", "no", "unknown"]
 """`decomposed`: by the runtime, into operators of its own. `float32`: no kernel for float16, so it casts to float32
@@ -105,6 +106,12 @@ def operator_table(runtime: str, release: str) -> OperatorTable | None:
             runtime=runtime, release=release, newest_opset=None, kernels=None, names=frozenset(map(str, names))
         )
     return None
+
+
+def tables_digest() -> str:
+    """Of all that is known of all runtimes."""
+    paths = sorted((shipped_folder("toolchains") / "operators").glob("*.json"))
+    return digest_json({path.stem: digest_file(path) for path in paths})
 
 
 @functools.cache
