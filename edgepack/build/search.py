@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edgepack
+from edgepack.build.check import ensure_takes
 from edgepack.build.execute import Workbench
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Judged, judge_plan, judged_from_lock
@@ -118,6 +119,7 @@ def plan_all(
     for target in chosen:
         try:
             system = target.os_named(options.os_name)
+            ensure_takes(opened, target, system, as_is=options.as_is)
             plans += [plan_for(opened, target, system, each, bench) for each in precisions(options)]
         except EdgepackError as error:
             failed.append(Failed(target=target.name, error=error))
@@ -148,7 +150,9 @@ def build_target(
     opened: OpenProject, target: Target, precision: Precision, options: BuildOptions, bench: Workbench
 ) -> Built:
     """One bundle of a target. Raises EdgepackError; where its gate is missed, an older bundle is removed too."""
-    plan = plan_for(opened, target, target.os_named(options.os_name), precision, bench)
+    system = target.os_named(options.os_name)
+    ensure_takes(opened, target, system, as_is=options.as_is)
+    plan = plan_for(opened, target, system, precision, bench)
     try:
         return _build_one(opened, plan, options, bench)
     except (GateMissedError, GateUnresolvedError):
