@@ -233,7 +233,7 @@ def ensure_takes(opened: OpenProject, target: Target, system: System, *, as_is: 
     record = opened.store.recall(key)
     if record is None:
         report = check_model(
-            read_model(opened.model_path).model,
+            read_model(opened.onnx_path).model,
             target,
             dimensions=opened.project.dimensions,
             system=system,

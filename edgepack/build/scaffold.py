@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from edgepack.errors import InputError, UsageError
 from edgepack.spec.load import check, did_you_mean
 from edgepack.spec.project import PROJECT_FILE, Project
 from edgepack.spec.target import load_target
-from edgepack.store import Json, storage_errors, write_atomic
+from edgepack.store import Json, Store, storage_errors, write_atomic
 
 MAX_SIZE = 2**31 - 1
 
@@ -34,6 +34,7 @@ class Answers:
     dimensions: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     name: str | None = None
+    signature: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,9 @@ class Written:
         return "\n".join(lines)
 
 
-def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
-    """Read the model and write `path`. Raises InputError, UsageError, StorageError."""
+def write_project(path: Path, answers: Answers, *, force: bool, store: Store, say: Callable[[str], None]) -> Written:
+    """Read the model and write `path`. Raises InputError, UsageError, StorageError, and what `convert` does."""
+    from edgepack.build.tensorflow import onnx_of
     from edgepack.graph.load import read_model
     from edgepack.graph.shapes import free_dimensions, inputs, outputs
 
@@ -73,7 +75,8 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
         if path.exists() and not force:
             raise UsageError(f"{path}: is there already; --force writes over it, --project names another file")
     _require_metric(answers.metric)
-    model: onnx.ModelProto = read_model(answers.model).model
+    source = onnx_of(answers.model, answers.signature, store, say)
+    model: onnx.ModelProto = read_model(source).model
     for target in answers.targets:
         load_target(target)
     named = (_reference(path, name) if name.endswith(".toml") else name for name in answers.targets)
@@ -156,6 +159,7 @@ def _render(
         "# What each key means: `edgepack build --help` and docs/project.md.",
         f"name = {_quoted(name)}",
         f"model = {_quoted(model)}",
+        *([f"signature = {_quoted(answers.signature)}"] if answers.signature else []),
         f"targets = [{', '.join(_quoted(target) for target in answers.targets)}]",
         "",
         *(f"# input  {spec}" for spec in written.inputs),

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[
-        Path | None, typer.Argument(help="An ONNX model, instead of the one that the project names.")
-    ] = None,
+    model: Annotated[Path | None, typer.Argument(help="A model, instead of the one that the project names.")] = None,
     target: Annotated[
         list[str] | None, typer.Option("--target", "-t", help="A target's name or a .toml file; can be repeated.")
     ] = None,
@@ -58,7 +56,7 @@ def build(
     from edgepack.store import Store, cache_folder
 
     store = Store(cache_folder())
-    opened = open_project(project, store, model=model)
+    opened = open_project(project, store, model=model, say=say)
     if accept_unresolved:
         opened = _accepting(opened)
     names = target or opened.target_names

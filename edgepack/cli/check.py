@@ -11,7 +11,7 @@ from edgepack.cli.output import JsonFlag, say, show_json
 
 
 def check(
-    model: Annotated[Path, typer.Argument(help="A trained model in ONNX format.")],
+    model: Annotated[Path, typer.Argument(help="A trained model: ONNX, a SavedModel's folder, .keras or .h5.")],
     target: Annotated[
         list[str], typer.Option("--target", "-t", help="A target's name or a .toml file; can be repeated.")
     ],
@@ -21,6 +21,7 @@ def check(
     os: Annotated[
         str | None, typer.Option("--os", help="The devices' operating system; see `edgepack targets show`.")
     ] = None,
+    signature: Annotated[str | None, typer.Option(help="Of a SavedModel with several.")] = None,
     as_is: Annotated[
         bool, typer.Option("--as-is", help="The model is quantised already, and shall ship as it is.")
     ] = False,
@@ -40,15 +41,17 @@ def check(
     """
     from edgepack.build.check import check_model
     from edgepack.build.scaffold import guess_batch, parse_dimensions
+    from edgepack.build.tensorflow import onnx_of
     from edgepack.errors import UnsupportedError
     from edgepack.graph.load import read_model
     from edgepack.graph.shapes import free_dimensions
     from edgepack.report.checks import check_document, check_page
     from edgepack.spec.target import load_target
+    from edgepack.store import Store, cache_folder
 
     targets = [load_target(name) for name in target]
     systems = [each.os_named(os) for each in targets]
-    graph = read_model(model).model
+    graph = read_model(onnx_of(model, signature, Store(cache_folder()), say)).model
     free = free_dimensions(graph)
     given = parse_dimensions(dim or (), free)
     sizes = given | guess_batch(free, given)

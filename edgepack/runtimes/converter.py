@@ -14,7 +14,7 @@ from edgepack.store import Json
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT_S = 3600.0  # NNCF took 22 s for a ResNet50; an hour means that it hangs
 
-SCRIPT_OF = {"nncf": "openvino_convert.py"}
+SCRIPT_OF = {"nncf": "openvino_convert.py", "tensorflow": "tensorflow_convert.py"}
 """The script that speaks for each converter toolchain."""
 
 ERROR_OF: dict[str | None, type[EdgepackError]] = {
