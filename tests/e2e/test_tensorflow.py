@@ -89,6 +89,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(folder)
 
 
+@pytest.fixture
+def models(made: Path, store: Store) -> tuple[Path, Store]:
+    return made, store
+
+
 @pytest.fixture(autouse=True)
 def project(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGEPACK_CACHE", str(store.folder))
@@ -141,6 +146,7 @@ def test_a_conversion_that_is_wrong_is_refused_and_nothing_is_left(
     made: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     init(made / "saved", project)
+    capsys.readouterr()
     real = tensorflow.convert
 
     def wrong(*arguments: object) -> tensorflow.Converted:
@@ -178,8 +184,9 @@ def test_a_signature_is_chosen_and_names_order_and_free_dimensions_are_its_own(m
     ],
 )
 def test_what_cannot_be_converted_is_told_with_the_cure(
-    name: str, signature: str | None, error: type[Exception], message: str, made: Path, store: Store
+    name: str, signature: str | None, error: type[Exception], message: str, models: tuple[Path, Store]
 ) -> None:
+    made, store = models
     with pytest.raises(error, match=message):
         convert(made / name, store, signature)
 
