@@ -4,14 +4,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.edgepack-ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test check test-full bench golden update-toolchains format clean
+.PHONY: help demo test check test-full test-npu bench golden update-toolchains format clean
 
 help:
 	@echo "make demo       build the example for three families of hardware, and benchmark it here"
 	@echo "make test       the tests that need neither root nor long minutes"
 	@echo "make check      ruff, mypy, import-linter"
 	@echo "make test-full  the long suites: emulated devices (needs root)"
-	@echo "make bench      the claims on speed, as ratios"
+	@echo "make test-npu   blobs for Intel's NPUs, compiled in Wine (needs root, or wine64 installed)"
+	@echo "make bench      the claims on speed, size and memory, as ratios, beside other quantisers"
 	@echo "make golden     rewrite the golden plans"
 	@echo "make update-toolchains   renew the pinned wheels"
 	@echo "make clean      remove .venv and what was built"
@@ -27,7 +28,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full and not npu"
 
 check: $(READY)
 	$(BIN)/ruff check --quiet
@@ -38,8 +39,17 @@ check: $(READY)
 test-full: $(READY)
 	$(PYTEST) -m full
 
+test-npu: $(READY)
+	@test -x /usr/lib/wine/wine64 || command -v wine64 >/dev/null || { \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends wine64 >/dev/null; }
+	$(PYTEST) -m npu
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.coding
+	$(BIN)/python -m benchmarks.regression_gate
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

@@ -9,9 +9,10 @@
     ├── DeviceError               7   a device is unreachable, or failed while it worked for us
     ├── VerificationError         8   a bundle is not what its manifest says
     ├── StorageError              9   a file or folder here cannot be written
-    └── ToolchainError           10   a runtime or a converter could not be fetched or failed
+    ├── ToolchainError           10   a runtime or a converter could not be fetched or failed
+    └── DefectError              70   edgepack broke a promise of its own
 
-70 is a defect of edgepack itself; 130 is Ctrl-C. Codes are part of the interface: never renumber.
+70 is every other defect of edgepack too; 130 is Ctrl-C. Codes are part of the interface: never renumber.
 """
 
 from __future__ import annotations
@@ -69,3 +70,8 @@ class StorageError(EdgepackError):
 class ToolchainError(EdgepackError):
     exit_code = 10
     kind = "toolchain"
+
+
+class DefectError(EdgepackError):
+    exit_code = 70
+    kind = "defect"

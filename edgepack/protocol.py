@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 
@@ -43,7 +43,7 @@ class ModelRef:
     lib: str
     """The folder with the runtime's unpacked wheels; every model of one runner has the same."""
     files: Mapping[str, str]
-    """`model`, and `weights` where the format has a second file."""
+    """`model`, `weights` where the format has a second file, `blob` where one was compiled for an NPU."""
     options: Mapping[str, object] = field(default_factory=dict)
     threads: int = 1
 
@@ -89,9 +89,51 @@ class Installed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a runner loaded, where there is a choice."""
+
+    source: Literal["model", "blob"]
+    note: str | None
+    """Why it was not the blob, where the model has one and the device is an NPU."""
+    driver: str | None
+    """Version of the NPU's driver; None on other devices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inferred:
     count: int
     elapsed_ns: tuple[int, ...]
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One node of a runtime's execution graph, in the runtime's own words."""
+
+    name: str
+    type: str
+    precision: str
+    """Of its first input: "u8", "i8", "f32", "bf16"."""
+    kernel: str
+    """`brgconv_avx512_I8`."""
+    layers: tuple[str, ...]
+    """The model's operators that it stands for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A convolution or matrix product of the model."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    nodes: tuple[Kernel, ...]
+    quantised: tuple[Product, ...]
+    """Products that the model means to be computed in integers."""
+    loaded: Loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +152,18 @@ class OutputHealth:
 class Health:
     passed: bool
     outputs: Mapping[str, OutputHealth]
+    loaded: Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyTest:
+    """When warming up ends: the medians of the last `blocks` vary (standard deviation over mean) by `tolerance`."""
+
+    block_ms: float = 50.0
+    blocks: int = 5
+    tolerance: float = 0.02
+    max_seconds: float = 10.0
+    """Then it ends all the same, and the run is marked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +177,12 @@ class BenchOrder:
     sample_files: tuple[str, ...] = ()
     sample_commands: tuple[tuple[str, ...], ...] = ()
     sample_every_ms: int = 1000
+    steady: SteadyTest | None = None
+    """None: `warmup` inferences are all."""
+    streams: int | None = None
+    """So many models at once, a thread each; None is one inference after the other."""
+    cpus: tuple[int, ...] | None = None
+    nice: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +201,7 @@ class Measured:
     """What `bench` gives: raw values, no conclusions."""
 
     fresh: bool
+    loaded: Loaded
     import_ns: int
     load_ns: int
     first_ns: int
@@ -153,6 +214,51 @@ class Measured:
     max_rss_kib_after: int
     clock: str
     clock_resolution_ns: int
+    steady: bool | None = None
+    """Whether warming up ended for that; None where nobody asked."""
+    cpus: tuple[int, ...] = ()
+    """That the process could run on."""
+    nice: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """What one node of the model took in all profiled runs."""
+
+    name: str
+    op: str
+    kernel: str
+    """onnxruntime: the execution provider; OpenVINO: the kernel, such as brgconv_avx512_I8."""
+    ns: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    runs: int
+    wall_ns: tuple[int, ...]
+    """Of each run, with the profiler on: longer than without."""
+    operators: tuple[Operator, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfCheckTimes:
+    """What the measuring itself takes."""
+
+    resolution_ns: int
+    clock_ns: tuple[int, ...]
+    empty_ns: tuple[int, ...]
+    sample_ns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    held: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    restored: Mapping[str, str]
 
 
 T = TypeVar("T")
@@ -225,6 +331,10 @@ class RunnerClient:
         request = {"model": asdict(model), "batch": batch, "count": count, "output": output, "fetch": _listed(fetch)}
         return self._ask("infer", request, Inferred, LOAD_TIMEOUT_S + timeout_s)
 
+    def kernels(self, model: ModelRef) -> Kernels:
+        """Which kernels the runtime runs the model with. Raises RunnerError (bad-request) for one that does not say."""
+        return self._ask("kernels", {"model": asdict(model)}, Kernels, LOAD_TIMEOUT_S)
+
     def health(self, model: ModelRef, inputs: str, outputs: str, min_sqnr_db: float) -> Health:
         """Run the golden inputs and compare with the golden outputs; a failed check is a result, not an error."""
         request = {"model": asdict(model), "inputs": inputs, "outputs": outputs, "min_sqnr_db": min_sqnr_db}
@@ -242,8 +352,31 @@ class RunnerClient:
             "seconds": order.seconds,
             "max_seconds": order.max_seconds,
             "sample": sample,
+            "steady": None if order.steady is None else asdict(order.steady),
+            "streams": order.streams,
+            "cpus": None if order.cpus is None else list(order.cpus),
+            "nice": order.nice,
         }
-        return self._ask("bench", request, Measured, LOAD_TIMEOUT_S + 2 * order.max_seconds)
+        warming_s = 0.0 if order.steady is None else order.steady.max_seconds
+        return self._ask("bench", request, Measured, LOAD_TIMEOUT_S + 2 * (order.max_seconds + warming_s))
+
+    def profile(self, model: ModelRef, inputs: str, runs: int) -> Profile:
+        """What each operator takes, in a model of its own with the runtime's profiler on."""
+        request = {"model": asdict(model), "inputs": inputs, "runs": runs}
+        return self._ask("profile", request, Profile, 2 * LOAD_TIMEOUT_S)
+
+    def self_check(self, runs: int, files: Sequence[str], commands: Sequence[Sequence[str]] = ()) -> SelfCheckTimes:
+        """What the timer and the loop of `bench` take themselves."""
+        sample = {"files": list(files), "commands": [list(argv) for argv in commands]}
+        return self._ask("selfcheck", {"runs": runs, "sample": sample}, SelfCheckTimes, LOAD_TIMEOUT_S)
+
+    def hold(self, files: Sequence[str], value: str) -> Held:
+        """Keep `value` in the files until `release` or the runner's end, however it ends."""
+        return self._ask("hold", {"files": list(files), "value": value}, Held, PROBE_TIMEOUT_S)
+
+    def release(self) -> Restored:
+        """Put back what was there before each `hold`."""
+        return self._ask("release", {}, Restored, PROBE_TIMEOUT_S)
 
     def close(self) -> None:
         """End the runner. Idempotent."""

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-golden", action="store_true", help="rewrite tests/golden from what plans are now")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_history_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure is not the user's to find in their history."""
+    before = os.environ.get("EDGEPACK_DATA")
+    os.environ["EDGEPACK_DATA"] = str(tmp_path_factory.mktemp("data"))
+    yield
+    if before is None:
+        del os.environ["EDGEPACK_DATA"]
+    else:
+        os.environ["EDGEPACK_DATA"] = before

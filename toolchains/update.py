@@ -31,7 +31,15 @@ sys.path.insert(0, str(HERE.parent))
 
 from edgepack.errors import EdgepackError, ToolchainError  # noqa: E402
 from edgepack.runtimes.wheels import fetch  # noqa: E402
-from edgepack.spec.toolchain import Pin, Release, Toolchain, Wheel, as_numbers, load_toolchain  # noqa: E402
+from edgepack.spec.toolchain import (  # noqa: E402
+    WINDOWS_TAG,
+    Pin,
+    Release,
+    Toolchain,
+    Wheel,
+    as_numbers,
+    load_toolchain,
+)
 
 PINS_LINE = (
     "# ---- Pins, written by toolchains/update.py; change what stands above, then `make update-toolchains` ----\n"
@@ -78,18 +86,26 @@ def pip_report(release: Release, machine: str, python: str) -> dict[str, Any]:
     names = [
         f"{each.name}{each.specifier}" for each in wanted if each.marker is None or each.marker.evaluate(environment)
     ]
+    return _ask_pip(names, platform_tags(machine, release.glibc), python)
+
+
+def windows_report(release: Release, python: str) -> dict[str, Any]:
+    """The same for what the release takes from Windows' wheels: those alone, without what they declare."""
+    return _ask_pip(release.windows, [WINDOWS_TAG], python, "--no-deps")
+
+
+def _ask_pip(names: Sequence[str], tags: Sequence[str], python: str, *options: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         argv = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--no-input"]
         argv += ["--disable-pip-version-check", "--target", str(Path(folder, "target")), "--only-binary=:all:"]
-        argv += ["--implementation", "cp", "--python-version", python, "--report", str(report)]
-        for tag in platform_tags(machine, release.glibc):
+        argv += ["--implementation", "cp", "--python-version", python, "--report", str(report), *options]
+        for tag in tags:
             argv += ["--platform", tag]
         done = subprocess.run([*argv, *names], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ToolchainError(
-                f"{', '.join(names)} for {machine}, Python {python}, glibc {release.glibc}: "
-                f"pip found no set of wheels:\n{done.stderr.strip()}"
+                f"{', '.join(names)} for {tags[0]}, Python {python}: pip found no set of wheels:\n{done.stderr.strip()}"
             )
         loaded: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return loaded
@@ -117,10 +133,15 @@ def chosen(report: Mapping[str, Any], release: Release, machine: str, python: st
                 f"{release.version} for {machine}, Python {python}: needs {requirement}, which pip left out because it "
                 "looks at the markers of the Python that it runs on; add it to the requirements of the release"
             )
-        info = items[name]["download_info"]
-        out[info["url"].rsplit("/", 1)[-1].split("#")[0]] = info["archive_info"]["hashes"]["sha256"]
+        out |= file_and_hash(items[name])
         waiting += items[name]["metadata"].get("requires_dist") or []
     return out
+
+
+def file_and_hash(item: Mapping[str, Any]) -> Choice:
+    """Of one package in pip's report."""
+    info = item["download_info"]
+    return {info["url"].rsplit("/", 1)[-1].split("#")[0]: info["archive_info"]["hashes"]["sha256"]}
 
 
 def differences(toolchain: Toolchain, choices: Mapping[tuple[str, str, str], Choice]) -> list[str]:
@@ -221,7 +242,11 @@ def choose_all(toolchain: Toolchain) -> dict[tuple[str, str, str], Choice]:
             for python in pythons:
                 print(f"{toolchain.name} {release.version}: {machine}, Python {python}", flush=True)
                 report = pip_report(release, machine, python)
-                choices[release.version, machine, python] = chosen(report, release, machine, python)
+                choice = chosen(report, release, machine, python)
+                if release.windows:
+                    for item in windows_report(release, python)["install"]:
+                        choice |= file_and_hash(item)
+                choices[release.version, machine, python] = choice
     return choices
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgepack.bench.energy import ENERGY_FILES
 from edgepack.protocol import EnvironmentSample
 
 SAMPLE_FILES = (
@@ -19,6 +21,7 @@ SAMPLE_FILES = (
     "/sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count",
     "/sys/class/thermal/thermal_zone*/temp",
     "/sys/class/power_supply/*/online",
+    *ENERGY_FILES,
 )
 SAMPLE_COMMANDS = (("vcgencmd", "get_throttled"),)
 """Only where the probe found them: a program that is not there costs a fork at every sample."""
@@ -62,6 +65,12 @@ class Environment:
     """Of all processor time, what the hypervisor gave to others."""
     preemptions_per_s: float | None = None
     """Involuntary context switches of the measuring thread."""
+    waits_per_s: float | None = None
+    """Its voluntary ones: it waited for another thread, a disk or a device."""
+    major_faults: int | None = None
+    """Pages that the runner had to read from disk."""
+    minor_faults_per_s: float | None = None
+    """Pages given to it without a disk."""
     memory_stalled_share: float | None = None
     """Of the time, how much some task waited for memory."""
     on_battery: bool | None = None
@@ -80,35 +89,57 @@ class Environment:
             "load by others": self.others_cpus is not None,
             "steal": self.steal_share is not None,
             "context switches": self.preemptions_per_s is not None,
+            "page faults": self.major_faults is not None,
             "memory pressure": self.memory_stalled_share is not None,
             "power source": self.on_battery is not None,
         }
         return tuple(name for name, found in seen.items() if not found)
 
 
-def read_environment(samples: Sequence[EnvironmentSample]) -> Environment:
-    """The surroundings from the runner's samples: the first is before loading, the second after the warm-up."""
-    window = samples[1:] if len(samples) > 2 else samples
-    first, last = window[0], window[-1]
-    elapsed_ns = max(last.t_ns - first.t_ns, 1)
-    others, own, steal = _processor_time(first, last, elapsed_ns)
-    online = list(_texts([last], "/sys/class/power_supply/"))
+Window = Sequence[EnvironmentSample]
+"""One process's samples, from the end of its warm-up to the end of its run."""
+
+
+def read_environment(*runs: Sequence[EnvironmentSample]) -> Environment:
+    """The surroundings from each process's samples: the first is before loading, the second after the warm-up."""
+    windows = [samples[1:] if len(samples) > 2 else samples for samples in runs]
+    every = [sample for window in windows for sample in window]
+    seconds = max(sum(_seconds(window) for window in windows), 1e-9)
+    others, own, steal = _processor_time(windows, seconds)
+    online = list(_texts([every[-1]], "/sys/class/power_supply/"))
+    faults, major = (_rise(windows, "/proc/self/stat", rf"\) \S( \S+){{{n}}} (?P<n>\d+)") for n in (6, 8))  # proc(5)
+    preempted = _rise(windows, "/proc/self/status", r"^nonvoluntary_ctxt_switches:\s*(?P<n>\d+)")
+    waited = _rise(windows, "/proc/self/status", r"^voluntary_ctxt_switches:\s*(?P<n>\d+)")
+    stalled_us = _rise(windows, "/proc/pressure/memory", r"^some .*total=(?P<n>\d+)")
+    steps_ms = [((last.wall_ns - first.wall_ns) - (last.t_ns - first.t_ns)) / 1e6 for first, last in _ends(windows)]
+    drifts = [((b.t_ns - a.t_ns) / max(b.raw_ns - a.raw_ns, 1) - 1) * 1e6 for a, b in _ends(windows)]
     return Environment(
-        duration_s=elapsed_ns / 1e9,
-        frequencies_mhz=_maxima(window, "/cpufreq/scaling_cur_freq", 1e-3),  # kHz
-        governors=tuple(sorted({text.strip() for text in _texts(window, "/cpufreq/scaling_governor")})),
-        temperatures_c=_maxima(window, "/class/thermal/", 1e-3),  # millidegrees
-        throttled=_throttled(window),
-        load_before=_number(r"^([\d.]+)", samples[0].files.get("/proc/loadavg")),
+        duration_s=seconds,
+        frequencies_mhz=_maxima(every, "/cpufreq/scaling_cur_freq", 1e-3),  # kHz
+        governors=tuple(sorted({text.strip() for text in _texts(every, "/cpufreq/scaling_governor")})),
+        temperatures_c=_maxima(every, "/class/thermal/", 1e-3),  # millidegrees
+        throttled=_throttled(windows),
+        load_before=_number(r"^(?P<n>[\d.]+)", runs[0][0].files.get("/proc/loadavg")),
         others_cpus=others,
         own_cpus=own,
         steal_share=steal,
-        preemptions_per_s=_rate(first, last, "/proc/self/status", r"^nonvoluntary_ctxt_switches:\s*(\d+)"),
-        memory_stalled_share=_share(_rate(first, last, "/proc/pressure/memory", r"^some .*total=(\d+)")),
+        preemptions_per_s=None if preempted is None else preempted / seconds,
+        waits_per_s=None if waited is None else waited / seconds,
+        major_faults=None if major is None else int(major),
+        minor_faults_per_s=None if faults is None else faults / seconds,
+        memory_stalled_share=None if stalled_us is None else stalled_us / 1e6 / seconds,
         on_battery=all(text.strip() == "0" for text in online) if online else None,
-        clock_step_ms=((last.wall_ns - first.wall_ns) - (last.t_ns - first.t_ns)) / 1e6,
-        clock_drift_ppm=((last.t_ns - first.t_ns) / max(last.raw_ns - first.raw_ns, 1) - 1) * 1e6,
+        clock_step_ms=max(steps_ms, key=abs),
+        clock_drift_ppm=max(drifts, key=abs),
     )
+
+
+def _ends(windows: Sequence[Window]) -> list[tuple[EnvironmentSample, EnvironmentSample]]:
+    return [(window[0], window[-1]) for window in windows]
+
+
+def _seconds(window: Window) -> float:
+    return (window[-1].t_ns - window[0].t_ns) / 1e9
 
 
 def _texts(samples: Iterable[EnvironmentSample], part: str) -> Iterable[str]:
@@ -118,7 +149,7 @@ def _texts(samples: Iterable[EnvironmentSample], part: str) -> Iterable[str]:
 
 def _number(pattern: str, text: str | None) -> float | None:
     found = re.search(pattern, text or "", re.M)
-    return float(found.group(1)) if found else None
+    return float(found["n"]) if found else None
 
 
 def _maxima(samples: Iterable[EnvironmentSample], part: str, scale: float) -> tuple[float, ...]:
@@ -131,36 +162,34 @@ def _maxima(samples: Iterable[EnvironmentSample], part: str, scale: float) -> tu
     return tuple(found)
 
 
-def _rate(first: EnvironmentSample, last: EnvironmentSample, path: str, pattern: str) -> float | None:
-    """How fast a counter in `path` rose, per second."""
-    begin, end = _number(pattern, first.files.get(path)), _number(pattern, last.files.get(path))
-    seconds = (last.t_ns - first.t_ns) / 1e9
-    return None if begin is None or end is None or seconds <= 0 else (end - begin) / seconds
+def _rise(windows: Sequence[Window], path: str, pattern: str) -> float | None:
+    """How far a counter in `path` rose within the windows; its value is the group `n`."""
+    rises = []
+    for first, last in _ends(windows):
+        begin, end = _number(pattern, first.files.get(path)), _number(pattern, last.files.get(path))
+        if begin is None or end is None:
+            return None
+        rises.append(end - begin)
+    return sum(rises)
 
 
-def _share(microseconds_per_s: float | None) -> float | None:
-    return None if microseconds_per_s is None else microseconds_per_s / 1e6
-
-
-def _processor_time(
-    first: EnvironmentSample, last: EnvironmentSample, elapsed_ns: int
-) -> tuple[float | None, float | None, float | None]:
-    """(processors busy with others, processors busy with us, share stolen), on average over the window."""
-    begin, end = (_ticks(sample.files.get("/proc/stat")) for sample in (first, last))
-    own_begin, own_end = (_own_ticks(sample.files.get("/proc/self/stat")) for sample in (first, last))
-    ticks = elapsed_ns / 1e9 * TICKS_PER_S
+def _processor_time(windows: Sequence[Window], seconds: float) -> tuple[float | None, float | None, float | None]:
+    """(processors busy with others, processors busy with us, share stolen), on average over the windows."""
+    ticks = seconds * TICKS_PER_S
     if ticks < MIN_TICKS:
         return None, None, None
-    own = None if own_begin is None or own_end is None else (own_end - own_begin) / ticks
-    if begin is None or end is None:
-        return None, own, None
-    spent = [b - a for a, b in zip(begin, end, strict=True)]
-    user, nice, system, idle, iowait, irq, softirq, steal = spent
-    total = sum(spent)
-    if total < MIN_TICKS:
-        return None, own, None
-    others = None if own is None else max((user + nice + system + irq + softirq) / ticks - own, 0.0)
-    return others, own, steal / (total if idle + iowait >= 0 else 1)
+    own, spent = 0.0, [0] * 8
+    for first, last in _ends(windows):
+        begin, end = (_ticks(sample.files.get("/proc/stat")) for sample in (first, last))
+        own_begin, own_end = (_own_ticks(sample.files.get("/proc/self/stat")) for sample in (first, last))
+        own = math.nan if own_begin is None or own_end is None else own + (own_end - own_begin) / ticks
+        if begin is None or end is None:
+            return None, None if math.isnan(own) else own, None
+        spent = [sum(each) for each in zip(spent, (b - a for a, b in zip(begin, end, strict=True)), strict=True)]
+    user, nice, system, _, _, irq, softirq, steal = spent
+    if sum(spent) < MIN_TICKS or math.isnan(own):
+        return None, None if math.isnan(own) else own, None if sum(spent) < MIN_TICKS else steal / sum(spent)
+    return max((user + nice + system + irq + softirq) / ticks - own, 0.0), own, steal / sum(spent)
 
 
 def _ticks(stat: str | None) -> list[int] | None:
@@ -175,13 +204,13 @@ def _own_ticks(stat: str | None) -> int | None:
     return int(fields[11]) + int(fields[12]) if len(fields) > 12 else None
 
 
-def _throttled(window: Sequence[EnvironmentSample]) -> tuple[str, ...] | None:
-    readers: tuple[Callable[[Sequence[EnvironmentSample]], list[str] | None], ...] = (_pi_throttled, _intel_throttled)
-    found = [names for names in (read(window) for read in readers) if names is not None]
+def _throttled(windows: Sequence[Window]) -> tuple[str, ...] | None:
+    readers: tuple[Callable[[Window], list[str] | None], ...] = (_pi_throttled, _intel_throttled)
+    found = [names for names in (read(window) for read in readers for window in windows) if names is not None]
     return tuple(dict.fromkeys(name for names in found for name in names)) if found else None
 
 
-def _pi_throttled(window: Sequence[EnvironmentSample]) -> list[str] | None:
+def _pi_throttled(window: Window) -> list[str] | None:
     """Bits set at any sample, and bits of the past that were not yet set at the first sample."""
     outputs = [sample.commands.get(" ".join(SAMPLE_COMMANDS[0])) for sample in window]
     found = [re.search(r"throttled=0x([0-9a-fA-F]+)", output.stdout) for output in outputs if output is not None]
@@ -194,7 +223,7 @@ def _pi_throttled(window: Sequence[EnvironmentSample]) -> list[str] | None:
     return [name for bit, name in THROTTLE_BITS.items() if ever >> bit & 1]
 
 
-def _intel_throttled(window: Sequence[EnvironmentSample]) -> list[str] | None:
+def _intel_throttled(window: Window) -> list[str] | None:
     """Counters of thermal throttling that rose (Linux, Documentation/ABI/testing/sysfs-devices-system-cpu)."""
     first, last = window[0].files, window[-1].files
     counters = [p for p, text in first.items() if "/thermal_throttle/" in p and text and text.strip().isdigit()]

@@ -45,8 +45,17 @@ PROBE_FILES = (
     "/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
     "/sys/class/accel/accel*/device/vendor",
     "/sys/class/accel/accel*/device/device",
+    "/sys/module/intel_vpu/version",
+    "/sys/kernel/debug/accel/*/fw_name",
+    "/sys/kernel/debug/accel/*/fw_version",
 )
-PROBE_COMMANDS = (("uname", "-sr"), ("vcgencmd", "get_throttled"))
+NPU_PACKAGES = ("intel-fw-npu", "intel-driver-compiler-npu", "intel-level-zero-npu")
+"""As Intel's linux-npu-driver names them: firmware, the compiler in the driver, the user-mode driver."""
+PROBE_COMMANDS = (
+    ("uname", "-sr"),
+    ("vcgencmd", "get_throttled"),
+    ("dpkg-query", "--show", "--showformat=${Package} ${Version}\\n", *NPU_PACKAGES),
+)
 
 ARM_PARTS = {
     "0xd03": "Cortex-A53",
@@ -75,6 +84,18 @@ class Contact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Npu:
+    """The software of an Intel NPU on a device; None for what could not be read."""
+
+    kernel_driver: str | None
+    """Version of the module intel_vpu; it comes with the kernel, whose version says more."""
+    firmware: str | None
+    """`vpu_40xx.bin ...`, from debugfs, which only root may read; else the version of its Debian package."""
+    packages: Mapping[str, str]
+    """Debian package -> version, of NPU_PACKAGES those that are installed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """The device of a result; None for what could not be read."""
 
@@ -93,6 +114,8 @@ class Machine:
     cpu_flags: frozenset[str]
     accelerators: tuple[str, ...] = ()
     """`8086:7d1d`: PCI vendor and device of each driver's /sys/class/accel entry."""
+    npu: Npu | None = None
+    """None where there is no accelerator with a driver."""
 
 
 def make_contact(bundle: Bundle, transport: Transport) -> Contact:
@@ -174,6 +197,7 @@ def read_machine(transport: Transport, contact: Contact, probe: Probe) -> Machin
         has_vcgencmd=probe.commands.get("vcgencmd get_throttled") is not None,
         cpu_flags=cpu_flags(cpuinfo),
         accelerators=pci_ids(probe.files),
+        npu=read_npu(probe) if pci_ids(probe.files) else None,
     )
 
 
@@ -220,6 +244,24 @@ def pci_ids(files: Mapping[str, str | None]) -> tuple[str, ...]:
             device = files.get(f"{path.removesuffix('vendor')}device") or ""
             found.append(f"{vendor.strip().removeprefix('0x')}:{device.strip().removeprefix('0x')}")
     return tuple(found)
+
+
+def read_npu(probe: Probe) -> Npu:
+    """Driver and firmware, from what the probe read."""
+
+    def text(end: str) -> str | None:
+        found = (value.strip() for path, value in probe.files.items() if path.endswith(end) and value)
+        return next(found, None)
+
+    listed = next((done for argv, done in probe.commands.items() if argv.startswith("dpkg-query ") and done), None)
+    packages = dict(_pairs(listed.stdout if listed else "", " "))
+    name, version = text("/fw_name"), text("/fw_version")
+    loaded = " ".join(part for part in (name, version) if part)
+    return Npu(
+        kernel_driver=text("/intel_vpu/version"),
+        firmware=loaded or packages.get("intel-fw-npu"),
+        packages={name: packages[name] for name in NPU_PACKAGES if packages.get(name)},
+    )
 
 
 def _pairs(text: str, separator: str) -> Iterable[tuple[str, str]]:

@@ -40,6 +40,11 @@ FREQUENCY_SUSPECT = 0.10
 HOT_C = 80.0
 """A Raspberry Pi lowers its clock from 80 to 85 degrees on (Raspberry Pi documentation, frequency management)."""
 MEMORY_STALLED_SUSPECT = 0.01
+MAJOR_FAULTS_SUSPECT = 1.0
+"""Per second. After the warm-up nothing should have to be read from disk."""
+RERUNS_SUSPECT = 0.05
+"""Largest over smallest median of the processes that measured, away from 1; twice the 2 % that reruns should keep to,
+and room for the layout of memory, which differs from process to process."""
 CLOCK_STEP_MS = 50.0
 CLOCK_DRIFT_PPM = 1000.0
 """Twice what NTP may slew a clock by (500 ppm, adjtimex(2))."""
@@ -67,12 +72,35 @@ EMULATED = Verdict(kind="emulated")
 """Time means nothing there, so none was taken."""
 
 
-def judge(samples_ns: Sequence[int], environment: Environment, *, wanted_runs: int, on_cpu: bool) -> Verdict:
-    """The verdict on one run. `on_cpu`: the model runs on the processor, so the loop should fill one."""
-    reasons = (*_of_times(samples_ns, wanted_runs), *_of_environment(environment, on_cpu=on_cpu))
+def judge(
+    samples_ns: Sequence[int],
+    environment: Environment,
+    *,
+    wanted_runs: int,
+    on_cpu: bool,
+    medians_ns: Sequence[float] = (),
+    steady: bool | None = None,
+) -> Verdict:
+    """The verdict on one measurement. `on_cpu`: the model runs on the processor, so the loop should fill one.
+
+    `medians_ns` of each process that measured, where there were several; `steady`: False where a warm-up gave up.
+    """
+    reasons = (
+        *_of_times(samples_ns, wanted_runs),
+        *_of_reruns(medians_ns, steady),
+        *_of_environment(environment, on_cpu=on_cpu),
+    )
     kinds = {reason.severity for reason in reasons}
     kind: Kind = "invalid" if "invalid" in kinds else "suspect" if kinds else "valid"
     return Verdict(kind=kind, reasons=reasons, unobserved=environment.unobserved())
+
+
+def _of_reruns(medians_ns: Sequence[float], steady: bool | None) -> Iterator[Reason]:
+    if steady is False:
+        yield _suspect("warm-up", "the times did not become steady before the warm-up's time was up")
+    if len(medians_ns) > 1 and max(medians_ns) > (1 + RERUNS_SUSPECT) * min(medians_ns):
+        low, apart = min(medians_ns) / 1e6, max(medians_ns) / min(medians_ns) - 1
+        yield _suspect("reruns", f"medians of {len(medians_ns)} processes differ by {apart:.1%}, from {low:.4g} ms on")
 
 
 def _graded(rule: str, value: float, suspect: float, invalid: float, message: str) -> Iterator[Reason]:
@@ -160,6 +188,8 @@ def _of_environment(seen: Environment, *, on_cpu: bool) -> Iterator[Reason]:
         yield _suspect("hot", f"{max(seen.temperatures_c):.0f} degrees C (limit {HOT_C:.0f})")
     if seen.memory_stalled_share is not None and seen.memory_stalled_share > MEMORY_STALLED_SUSPECT:
         yield _suspect("memory-pressure", f"tasks waited for memory {seen.memory_stalled_share:.1%} of the time")
+    if seen.major_faults is not None and seen.major_faults > MAJOR_FAULTS_SUSPECT * seen.duration_s:
+        yield _suspect("page-faults", f"{seen.major_faults} pages were read from disk while it ran")
     if abs(seen.clock_step_ms) > CLOCK_STEP_MS:
         yield _suspect("clock-step", f"the wall clock was moved by {seen.clock_step_ms:+.0f} ms during the run")
     if abs(seen.clock_drift_ppm) > CLOCK_DRIFT_PPM:

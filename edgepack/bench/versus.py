@@ -61,6 +61,8 @@ class Contestant:
 
     timer: Timer
     model: ModelRef
+    inputs: str | None = None
+    """Its own, where it does not take the other one's (another layout, say)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class VersusOrder:
     precision: float = PRECISION
     sample_commands: tuple[tuple[str, ...], ...] = ()
     """bench.environment.SAMPLE_COMMANDS where the device has them."""
+    cpus: tuple[int, ...] | None = None
+    nice: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,9 @@ class SpeedRatio:
     """Median over blocks, without importing the runtime: what folding and unpacking weights at load costs."""
     candidate_load_ms: float
     verdict: SpeedVerdict
+    baseline_memory_mib: float | None = None
+    """Peak of the runner's process after its first block; None where it had loaded something before."""
+    candidate_memory_mib: float | None = None
     disturbances: tuple[Reason, ...] = ()
     """What happened to the machine meanwhile. The interval has it in already; a reader should know."""
 
@@ -114,16 +121,45 @@ class _Side:
     loads_ns: list[int] = field(default_factory=list)
     overheads_ns: list[int] = field(default_factory=list)
     """What each block took besides its samples: loading and warming up."""
-    environment: list[EnvironmentSample] = field(default_factory=list)
+    environment: list[Sequence[EnvironmentSample]] = field(default_factory=list)
+    """Block by block."""
+    memory_mib: float | None = None
 
     def block(self, inputs: str, order: BenchOrder) -> float:
         """The logarithm of one block's median time in ns."""
-        measured = self.contestant.timer.bench(self.contestant.model, inputs, order)
+        measured = self.contestant.timer.bench(self.contestant.model, self.contestant.inputs or inputs, order)
+        if not self.samples_ns and measured.fresh and measured.max_rss_kib_after:
+            self.memory_mib = measured.max_rss_kib_after / 1024
         self.samples_ns += measured.samples_ns
         self.loads_ns.append(measured.load_ns)
         self.overheads_ns.append(measured.load_ns + measured.first_ns + sum(measured.warmup_ns))
-        self.environment += measured.environment
+        self.environment.append(measured.environment)
         return math.log(float(np.median(measured.samples_ns)))
+
+
+class _Renewed:
+    """A runner that is replaced by a new one after `uses` blocks, a round's; None: never."""
+
+    def __init__(self, start: Callable[[], RunnerClient], uses: int | None) -> None:
+        self._start, self._uses, self._used = start, uses, 0
+        self._runner: RunnerClient | None = None
+
+    def bench(self, model: ModelRef, inputs: str, order: BenchOrder) -> Measured:
+        if self._runner is None or self._used == self._uses:
+            self._close()
+            self._runner, self._used = self._start(), 0
+        self._used += 1
+        return self._runner.bench(model, inputs, order)
+
+    def _close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+
+    def __enter__(self) -> _Renewed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
 
 def compare_on(
@@ -135,8 +171,13 @@ def compare_on(
     runner: str,
     inputs: str,
     order: VersusOrder | None = None,
+    candidate_inputs: str | None = None,
+    fresh: bool = False,
 ) -> SpeedRatio:
     """`compare_speed` with a runner of its own for each model on that device; `runner` is its path there.
+
+    `fresh`: with new ones for each round. Slower, and the only way that small models are compared rightly: two
+    processes run the same model of 6 us at times that differ by 6 %, for as long as they live (ADR 23).
 
     Raises UnsupportedError for an emulated device, and what `compare_speed` raises.
     """
@@ -144,11 +185,16 @@ def compare_on(
         raise UnsupportedError(
             f"{transport.name}: is emulated: time means nothing there, so speeds cannot be compared; give a real device"
         )
-    with (
-        RunnerClient.start(transport, python=python, runner=runner) as first,
-        RunnerClient.start(transport, python=python, runner=runner) as second,
-    ):
-        sides = Contestant(timer=first, model=baseline), Contestant(timer=second, model=candidate)
+
+    def start() -> RunnerClient:
+        return RunnerClient.start(transport, python=python, runner=runner)
+
+    uses = 2 if fresh else None
+    with _Renewed(start, uses) as first, _Renewed(start, uses) as second:
+        sides = (
+            Contestant(timer=first, model=baseline),
+            Contestant(timer=second, model=candidate, inputs=candidate_inputs),
+        )
         return compare_speed(*sides, inputs=inputs, order=order)
 
 
@@ -179,6 +225,8 @@ def compare_speed(
         max_seconds=max(order.block_s, 1.0),
         sample_files=SAMPLE_FILES,
         sample_commands=order.sample_commands,
+        cpus=order.cpus,
+        nice=order.nice,
     )
     logs: list[float] = []
     began = clock()
@@ -245,16 +293,14 @@ def _result(
         baseline_load_ms=float(np.median(baseline.loads_ns)) / 1e6,
         candidate_load_ms=float(np.median(candidate.loads_ns)) / 1e6,
         verdict=verdict,
+        baseline_memory_mib=baseline.memory_mib,
+        candidate_memory_mib=candidate.memory_mib,
         disturbances=reasons,
     )
 
 
 def _environment(baseline: _Side, candidate: _Side) -> Environment:
-    """The machine over the whole comparison, as the baseline's runner saw it; the candidate's is no stranger."""
-    seen = read_environment(baseline.environment)
-    if baseline.contestant.timer is candidate.contestant.timer or seen.others_cpus is None:
-        return seen
-    other = read_environment(candidate.environment).own_cpus
-    strangers = None if other is None else max(seen.others_cpus - other, 0.0)
-    # Each runner idles while the other one works, so neither is starved for having half the time.
-    return dataclasses.replace(seen, others_cpus=strangers, own_cpus=None)
+    """The machine during the blocks of both: while one is timed, the other one is idle, so it is no stranger's load."""
+    seen = read_environment(*baseline.environment, *candidate.environment)
+    # Reading the surroundings itself takes a part of a block that is no inference: nobody is starved for that.
+    return dataclasses.replace(seen, own_cpus=None)

@@ -20,7 +20,7 @@ from edgepack.passes.contract import opset_of
 from edgepack.passes.qdq_plan import plan_qdq
 from edgepack.passes.same_function import refuse_random
 from edgepack.runtimes.operators import tables_digest
-from edgepack.runtimes.recipes import recipe_for
+from edgepack.runtimes.recipes import runtime_of
 from edgepack.spec.target import System, Target
 from edgepack.spec.tensor import TensorSpec
 from edgepack.store import StepRecord, digest_json
@@ -108,9 +108,7 @@ def check_model(
     views = tuple(runtime_view(runtime, needs) for runtime in target.runtimes)
     memory = _memory(shaped, listed, int8, target)
     found.take(lambda: _fit_memory(memory, target))
-    found.take(lambda: recipe_for(target, "as-is" if as_is else "int8"))
-    if all(each.refusals for each in views):
-        found.problems += [refusal for each in views if each.release for refusal in each.refusals]
+    found.take(lambda: found.problems.extend(_refusals(views, runtime_of(target))))
     return CheckReport(
         target=target.name,
         system=system.name,
@@ -126,6 +124,11 @@ def check_model(
         problems=tuple(dict.fromkeys(found.problems)),
         notes=tuple(_notes(listed, int8, views, memory, as_is=as_is)),
     )
+
+
+def _refusals(views: tuple[RuntimeView, ...], first: str) -> tuple[str, ...]:
+    """Of the runtime that the float32 model has to run in: what it refuses, no other's candidate is compared with."""
+    return next(view.refusals for view in views if view.runtime == first)
 
 
 class _Findings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,12 @@ def execute(plan: BuildPlan, opened: OpenProject, bench: Workbench) -> StepRecor
     return record
 
 
+def steps_taken(plan: BuildPlan, store: Store) -> tuple[Step, ...]:
+    """The steps of an executed plan without those that found nothing to do."""
+    records = [(step, store.recall(step.key)) for step in plan.steps]
+    return tuple(step for step, record in records if record is None or "left_out" not in record.facts)
+
+
 def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench: Workbench) -> StepRecord:
     """Apply one pass and keep what it made."""
     each = PASSES[step.pass_name]
@@ -97,14 +104,33 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
             feed_files=lambda count: _feed_files(count, opened, feeds),
             folder=after,
         )
+        started = time.monotonic()
         with storage_errors(after):
-            made = each.apply(files, step.params, context)
-            record = StepRecord(files={path.name: bench.store.put_file(path) for path in made.values()})
+            try:
+                made = each.apply(files, step.params, context)
+                kept = {path.name: bench.store.put_file(path) for path in made.values()}
+                record = StepRecord(files=kept, facts={"seconds": time.monotonic() - started})
+            except UnsupportedError as error:
+                if not step.optional or previous is None:
+                    raise
+                record = StepRecord(files=previous.files, facts={"left_out": str(error)})
         bench.store.record(step.key, record)
         return record
 
 
-ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights"}
+def seconds_of(plan: BuildPlan, store: Store) -> float:
+    """What the steps of an executed plan took when they were done."""
+    records = [store.recall(step.key) for step in plan.steps]
+    return sum(float(str(record.facts.get("seconds", 0.0))) for record in records if record is not None)
+
+
+def bytes_of(record: StepRecord, store: Store) -> int:
+    """Of all files that a step made."""
+    return sum(store.blob_path(digest).stat().st_size for digest in record.files.values())
+
+
+ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".blob": "blob", ".npz": "integers", ".json": "ranges"}
+"""Of a step's files, by suffix."""
 
 
 def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:

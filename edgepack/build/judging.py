@@ -2,157 +2,270 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import platform
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import pydantic
 
-from edgepack.bench.here import flags_here
-from edgepack.build.execute import Workbench, execute, model_files
+from edgepack.bench.versus import SpeedRatio
+from edgepack.build.arena import Arena, Here, Made
+from edgepack.build.execute import Workbench, model_files
 from edgepack.build.inputs import OpenProject
-from edgepack.build.lock import Locked, verdict_from
+from edgepack.build.lock import exclusive, verdict_from
 from edgepack.build.planner import BuildPlan
 from edgepack.bundle.pack import golden_count, stack
-from edgepack.errors import InputError, UnsupportedError
+from edgepack.errors import InputError
 from edgepack.graph.npz import npz_bytes
-from edgepack.judge.compare import compare
-from edgepack.judge.data_set import Feed
-from edgepack.judge.gate import Verdict, judge_drop, raise_for
+from edgepack.judge.compare import Compared, Run, Watcher, compare
+from edgepack.judge.data_set import DataSet, Feed
+from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop
+from edgepack.judge.kernels import evidence
+from edgepack.judge.robustness import assess
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
-from edgepack.store import Json, StepRecord, digest_json
+from edgepack.store import Json, StepRecord, canonical_json, digest_json
+
+LOOKS = 4
+"""How often a candidate is looked at while it is judged; each look takes an equal part of the error (Bonferroni)."""
+
+_SPEED = pydantic.TypeAdapter(SpeedRatio)
+_FACTS: pydantic.TypeAdapter[dict[str, Json]] = pydantic.TypeAdapter(dict[str, pydantic.JsonValue])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """A model that may ship, and the evidence."""
+class Selected:
+    """What is known of a candidate from the samples that choose."""
 
-    record: StepRecord
-    """Its files."""
-    verdict: dict[str, Json] | None
-    """None for the fp32 model itself."""
-    judged_in: str
-    golden_inputs: str
-    """Digest of the blob: an .npz of stacked feeds."""
-    golden_outputs: str
+    verdict: Verdict
+    foreseen_worst: float
+    """The worse end of the drop's interval as the gate will see it, should the drop stay as it is."""
+    chance: float
+    """That the gate passes it."""
+    stopped_early: bool
 
 
-def judge_plan(plan: BuildPlan, opened: OpenProject, bench: Workbench, *, fresh: bool) -> Judged:
-    """Make the plan's model and judge it; `fresh`: measure also what was measured before on this machine.
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What judging needs besides the candidate and the data."""
 
-    Raises GateMissedError or GateUnresolvedError, and what `execute` raises.
-    """
-    record = execute(plan, opened, bench)
-    verdict = _verdict(plan, record, opened, bench, fresh=fresh) if plan.recipe.is_judged else None
-    inputs, outputs = _golden(plan, record, opened, bench)
-    return Judged(
-        record=record,
-        verdict=verdict,
-        judged_in=_where(plan),
-        golden_inputs=inputs,
-        golden_outputs=outputs,
-    )
+    opened: OpenProject
+    bench: Workbench
+    arena: Arena
+    fresh: bool = False
+    """Measure also what was measured before."""
 
+    def where(self, plan: BuildPlan) -> str:
+        """`onnxruntime 1.32.0 on x86_64 (CPU)`."""
+        recipe = plan.recipe
+        how = "emulated saturation" if recipe.emulate_saturation else recipe.judged_on
+        return f"{recipe.runtime} {plan.runtime_version} on {self.arena.where} ({how})"
 
-def judged_from_lock(plan: BuildPlan, locked: Locked, opened: OpenProject, bench: Workbench, lock: Path) -> Judged:
-    """What the lock says, once this machine has made the very files that it speaks of.
-
-    Raises UnsupportedError where it made others: then the evidence is not about them.
-    """
-    record = execute(plan, opened, bench)
-    inputs, outputs = _golden(plan, record, opened, bench)
-    if record.files != locked.model or outputs != locked.golden:
-        raise UnsupportedError(
-            f"{lock}: what this machine makes for {plan.target.name} differs from what was judged "
-            "(another kind of processor rounds in another way); run again with --update-lock to judge it here"
+    def select(self, made: Made, data: DataSet, watcher: Watcher, *, gate_samples: int) -> Selected:
+        """What the samples that choose say; ended early where the drop is certainly beyond the limit."""
+        metric, gate = self.opened.metric, self.opened.project.gate
+        compared = self._compare(made, data, watcher=watcher, enough=self._surely_missed(len(data)))
+        both = {"baseline": compared.baseline, "candidate": compared.candidate}
+        verdict = judge_drop(metric, gate=gate, **both)
+        worst = foresee_worst(metric, gate=gate, samples=gate_samples, **both)
+        return Selected(
+            verdict=verdict,
+            foreseen_worst=worst,
+            chance=chance_to_pass(verdict, worst),
+            stopped_early=len(compared.baseline) < len(data),
         )
-    return Judged(
-        record=record,
-        verdict=locked.verdict,
-        judged_in=locked.judged_in,
-        golden_inputs=inputs,
-        golden_outputs=outputs,
-    )
 
+    def gate(self, made: Made, data: DataSet) -> dict[str, Json]:
+        """The verdict as JSON; remembered, so that a build that was killed does not measure it again."""
 
-def _where(plan: BuildPlan) -> str:
-    return f"{plan.recipe.runtime} {plan.runtime_version} on {platform.machine()} ({plan.recipe.judged_on})"
+        def measure() -> dict[str, Json]:
+            metric, plan = self.opened.metric, made.plan
+            self.bench.say(
+                f"{plan.target.name}: judging {plan.recipe.name} on {len(data)} samples, {metric.name}, "
+                f"in {self.where(plan)}"
+            )
+            compared = self._compare(made, data)
+            gate = self.opened.project.gate
+            return plain(judge_drop(metric, baseline=compared.baseline, candidate=compared.candidate, gate=gate))
 
+        facts = self.remembered("gate", made, data, measure)
+        verdict_from(facts)
+        return facts
 
-def _verdict(
-    plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Workbench, *, fresh: bool
-) -> dict[str, Json]:
-    key = digest_json({"verdict": plan.evidence_key, "files": {**record.files}, "cpu": _cpu()})
-    known = None if fresh else bench.store.recall(key)
-    if known is None:
-        verdict = _measure(plan, record, opened, bench)
-        facts = {name: _json(value) for name, value in verdict.to_json().items()}
-        bench.store.record(key, known := StepRecord(files={}, facts=facts))
-    raise_for(verdict_from(known.facts))
-    return known.facts
+    def robustness(
+        self, made: Made, data: DataSet, *, always: bool = False, samples: int | None = None
+    ) -> dict[str, Json] | None:
+        """The report as JSON; None where the project sets no limit, unless `always`. `samples` instead of its limit."""
+        project = self.opened.project
+        limit = project.gate.max_robustness_drop
+        if limit is None and not always:
+            return None
+        asked = project.robustness if samples is None else project.robustness.model_copy(update={"limit": samples})
 
+        def measure() -> dict[str, Json]:
+            self.bench.say(f"{made.plan.target.name}: robustness of {made.plan.recipe.name}")
+            with self._reference(made.plan) as reference, self.arena.run(made) as candidate:
+                report = assess(
+                    data,
+                    self.opened.metric,
+                    reference,
+                    candidate,
+                    gate=project.gate,
+                    max_robustness_drop=limit,
+                    corruptions=asked.corruptions,
+                    severities=asked.severities,
+                    limit=asked.limit,
+                    seed=asked.seed,
+                    preprocess=project.preprocess,
+                    kind=asked.kind,
+                )
+            return _FACTS.validate_python(report.to_json())
 
-def _measure(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Workbench) -> Verdict:
-    """Run fp32 (the canonical model in onnxruntime) and the candidate (in what ships) side by side."""
-    canonical = bench.store.recall(plan.steps[0].key)
-    if canonical is None:
-        raise InputError(f"{plan.target.name}: the store lost the canonical model while it was built; run again")
-    reference_version = plan.runtime_version if plan.recipe.runtime == "onnxruntime" else None
-    data, metric = opened.evaluation, opened.metric
-    bench.say(f"{plan.target.name}: judging {len(data)} samples, {metric.name}, in {_where(plan)}")
-    with (
-        bench.store.workspace() as folder,
-        bench.session("onnxruntime", reference_version, ONNXRUNTIME_OPTIONS) as reference,
-        bench.session(plan.recipe.runtime, plan.runtime_version, plan.recipe.judge_options) as candidate,
-    ):
-        old = model_files(canonical, bench.store, folder / "fp32")
-        new = model_files(record, bench.store, folder / "candidate")
-        compared = compare(
-            data, metric, lambda feeds: reference.run(old, feeds), lambda feeds: candidate.run(new, feeds)
+        return self.remembered(f"robustness of {asked.limit}", made, data, measure)
+
+    def speed(self, baseline: Made, made: Made) -> SpeedRatio:
+        """Both timed in turns on the golden inputs; remembered, and by one build of this cache at a time: two of them
+        would measure each other."""
+        inputs = golden(baseline, self.opened, self.bench).inputs
+        key = digest_json(
+            {
+                "speed": [{**baseline.record.files}, {**made.record.files}],
+                "options": made.plan.recipe.device_options,
+                "runtime": made.plan.runtime_version,
+                "threads": made.plan.target.bench.threads,
+                "inputs": inputs,
+                "arena": self.arena.key,
+            }
         )
-    return judge_drop(metric, baseline=compared.baseline, candidate=compared.candidate, gate=opened.project.gate)
+        with exclusive(self.bench.store.folder / "lock-speed"):
+            known = None if self.fresh else self.bench.store.recall(key)
+            if known is None:
+                self.bench.say(f"{made.plan.target.name}: timing {made.plan.recipe.name} against fp32")
+                measured = self.arena.speed(baseline, made, inputs)
+                known = StepRecord(files={}, facts=_FACTS.validate_json(_SPEED.dump_json(measured)))
+                self.bench.store.record(key, known)
+        return _SPEED.validate_json(canonical_json(known.facts), strict=True)
+
+    def kernels(self, made: Made) -> dict[str, Json] | None:
+        """What runs the candidate where it was judged, and every operator that is not computed as planned.
+
+        None for a runtime that does not name its kernels, and for an NPU, which is not what judges.
+        """
+        plan = made.plan
+        if plan.recipe.runtime != "openvino" or plan.target.accelerator is not None:
+            return None
+        found = evidence(self.arena.kernels(made))
+        downgraded = found["downgraded"]
+        for line in downgraded if isinstance(downgraded, list) else []:
+            self.bench.say(f"{plan.target.name}: {plan.recipe.name}: {line}")
+        return {"where": self.where(plan), **found}
+
+    def remembered(
+        self, what: str, made: Made, data: DataSet, measure: Callable[[], dict[str, Json]]
+    ) -> dict[str, Json]:
+        """The facts that `measure` gives, kept by all that they depend on."""
+        key = digest_json(
+            {
+                what: made.plan.evidence_key,
+                "files": {**made.record.files},
+                "arena": self.arena.key,
+                "data": data.digest,
+            }
+        )
+        known = None if self.fresh else self.bench.store.recall(key)
+        if known is None:
+            known = StepRecord(files={}, facts=measure())
+            self.bench.store.record(key, known)
+        return known.facts
+
+    def _compare(
+        self,
+        made: Made,
+        data: DataSet,
+        *,
+        watcher: Watcher | None = None,
+        enough: Callable[[Compared], bool] | None = None,
+    ) -> Compared:
+        """Run fp32 (the canonical model in onnxruntime, here) and the candidate (in what ships) side by side."""
+        with self._reference(made.plan) as reference, self.arena.run(made) as candidate:
+            return compare(data, self.opened.metric, reference, candidate, watcher=watcher, enough=enough)
+
+    @contextlib.contextmanager
+    def _reference(self, plan: BuildPlan) -> Iterator[Run]:
+        """The fp32 model as a function over feeds."""
+        canonical = self.bench.store.recall(plan.steps[0].key)
+        if canonical is None:
+            raise InputError(f"{plan.target.name}: the store lost the canonical model while it was built; run again")
+        version = plan.runtime_version if plan.recipe.runtime == "onnxruntime" else None
+        with (
+            self.bench.store.workspace() as folder,
+            self.bench.session("onnxruntime", version, ONNXRUNTIME_OPTIONS) as session,
+        ):
+            files = model_files(canonical, self.bench.store, folder)
+            yield lambda feeds: session.run(files, feeds)
+
+    def _surely_missed(self, samples: int) -> Callable[[Compared], bool]:
+        """Whether what was seen at one of LOOKS equal parts says that the drop is beyond the limit."""
+        metric, gate = self.opened.metric, self.opened.project.gate
+        strict = gate.model_copy(update={"confidence": 1 - (1 - gate.confidence) / LOOKS})
+        places = {samples * look // LOOKS for look in range(1, LOOKS)}
+
+        def enough(seen: Compared) -> bool:
+            if len(seen.baseline) not in places:
+                return False
+            verdict = judge_drop(metric, baseline=seen.baseline, candidate=seen.candidate, gate=strict)
+            return verdict.interval is None or verdict.interval[0] > verdict.max_drop
+
+        return enough
 
 
-def _golden(plan: BuildPlan, record: StepRecord, opened: OpenProject, bench: Workbench) -> tuple[str, str]:
-    """Digests of the golden inputs and outputs: the first calibration samples, and what the model made gives here."""
+def plain(verdict: Verdict) -> dict[str, Json]:
+    """The verdict as JSON values."""
+    return _FACTS.validate_python(verdict.to_json())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """Digests of blobs: .npz files of stacked feeds, and of what the model gives for them here."""
+
+    inputs: str
+    outputs: str
+
+
+def golden(made: Made, opened: OpenProject, bench: Workbench) -> Golden:
+    """The first calibration samples and what the model makes of them in the runtime that ships, on this machine."""
+    plan, record = made.plan, made.record
     first = opened.calibration.feed(0)
     outputs_bytes = sum(
         int(np.prod([d if isinstance(d, int) else 1 for d in o.shape])) * 4 for o in opened.interface.outputs
     )
     count = golden_count(sum(array.nbytes for array in first.values()) + outputs_bytes, len(opened.calibration))
-    made_from: dict[str, Json] = {"files": {**record.files}, "inputs": opened.calibration.digest, "count": count}
-    key = digest_json({"golden": plan.evidence_key, **made_from, "cpu": _cpu()})
+    here = Here(bench, plan.target)
+    key = digest_json(
+        {
+            "golden": plan.evidence_key,
+            "files": {**record.files},
+            "inputs": opened.calibration.digest,
+            "count": count,
+            "arena": here.key,
+        }
+    )
     known = bench.store.recall(key)
     if known is None:
         feeds = list(
             itertools.takewhile(lambda feed: _alike(feed, first), itertools.islice(opened.calibration.feeds(), count))
         )
-        with (
-            bench.store.workspace() as folder,
-            bench.session(plan.recipe.runtime, plan.runtime_version, plan.recipe.judge_options) as session,
-        ):
-            files = model_files(record, bench.store, folder / "model")
-            outputs = list(session.run(files, feeds))
+        with here.run(made) as run:
+            outputs = list(run(feeds))
         outputs = list(itertools.takewhile(lambda given: _alike(given, outputs[0]), outputs))  # shapes can follow data
         blobs = {
             "inputs": bench.store.put(npz_bytes(stack(feeds[: len(outputs)]))),
             "outputs": bench.store.put(npz_bytes(stack(outputs))),
         }
         bench.store.record(key, known := StepRecord(files=blobs))
-    return known.files["inputs"], known.files["outputs"]
+    return Golden(inputs=known.files["inputs"], outputs=known.files["outputs"])
 
 
 def _alike(feed: Feed, other: Feed) -> bool:
     return all(feed[name].shape == other[name].shape for name in other)
-
-
-def _cpu() -> str:
-    """Digest of this processor's flags: kernels, and so the last bits of results, follow from them."""
-    return digest_json([platform.machine(), *sorted(flags_here())])
-
-
-def _json(value: object) -> Json:
-    """A value of Verdict.to_json, narrowed."""
-    assert value is None or isinstance(value, bool | int | float | str | list | dict)
-    return value

@@ -17,22 +17,26 @@ from edgepack.errors import InputError
 from edgepack.judge.gate import Verdict
 from edgepack.store import Json, digest_bytes, storage_errors, write_atomic
 
-LOCK_SCHEMA = 1
+LOCK_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Locked:
     """What a build of one target on one operating system came to."""
 
-    plan: str
-    """Key of the plan that it holds for; another plan is judged anew."""
+    search: str
+    """Key of what was searched and how; another search chooses anew."""
+    candidate: dict[str, Json]
+    """The one that was chosen: `name`, `why`, `base` (the proposal it comes from) and `passes`."""
     model: dict[str, str]
     """Digest of each file of the model, by role."""
     golden: str
     """Digest of the golden outputs."""
     verdict: dict[str, Json] | None
-    """None for the fp32 model itself."""
+    """None for the fp32 model itself, and for a model as it was given."""
     judged_in: str
+    evidence: dict[str, Json] | None
+    """Everything that was tried, and what was measured; None where nothing was searched."""
     bundle: str
     """sha256 of the bundle."""
     bundle_bytes: int
@@ -47,7 +51,7 @@ def read_lock(path: Path) -> dict[str, Locked]:
     try:
         table = json.loads(path.read_bytes())
         schema = table["schema"]
-        if type(schema) is not int or schema != LOCK_SCHEMA:  # true is 1 to !=
+        if type(schema) is not int or schema != LOCK_SCHEMA:  # 2.0 is 2 to !=
             raise InputError(f"{path}: schema {schema!r:.40}; this edgepack reads {LOCK_SCHEMA}: remove the file")
         return {name: _entry(entry) for name, entry in table["builds"].items()}
     except FileNotFoundError:
@@ -60,7 +64,8 @@ def read_lock(path: Path) -> dict[str, Locked]:
 
 def _entry(table: dict[str, object]) -> Locked:
     """Raises TypeError where a field is missing, not known, or of another type."""
-    kinds = {"model": dict, "verdict": dict | None, "bundle_bytes": int}
+    tables = {"model": dict, "candidate": dict, "verdict": dict | None, "evidence": dict | None}
+    kinds = {**tables, "bundle_bytes": int}
     for name, value in table.items():
         if not isinstance(value, kinds.get(name, str)):
             raise TypeError(f"'{name}' is {value!r:.40}")
@@ -87,7 +92,7 @@ def verdict_from(facts: Mapping[str, Json]) -> Verdict:
 
 def update_lock(path: Path, name: str, entry: Locked, guard_folder: Path) -> None:
     """Set one entry and keep the others, also when several builds write at once. Raises StorageError."""
-    with _exclusive(guard_folder / f"lock-{digest_bytes(os.fsencode(path.resolve()))[:16]}"):
+    with exclusive(guard_folder / f"lock-{digest_bytes(os.fsencode(path.resolve()))[:16]}"):
         builds = read_lock(path) | {name: entry}
         table = {"schema": LOCK_SCHEMA, "builds": {key: _as_json(each) for key, each in sorted(builds.items())}}
         write_atomic(path, json.dumps(table, indent=1, sort_keys=True).encode() + b"\n")
@@ -95,18 +100,21 @@ def update_lock(path: Path, name: str, entry: Locked, guard_folder: Path) -> Non
 
 def _as_json(entry: Locked) -> dict[str, Json]:
     return {
-        "plan": entry.plan,
+        "search": entry.search,
+        "candidate": entry.candidate,
         "model": {**entry.model},
         "golden": entry.golden,
         "verdict": entry.verdict,
         "judged_in": entry.judged_in,
+        "evidence": entry.evidence,
         "bundle": entry.bundle,
         "bundle_bytes": entry.bundle_bytes,
     }
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
+    """Nobody else holds this lock file meanwhile; it waits. Raises StorageError."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:

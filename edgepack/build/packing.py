@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ import pydantic
 import edgepack
 from edgepack.build.execute import Workbench, model_files
 from edgepack.build.inputs import OpenProject
-from edgepack.build.judging import Judged
-from edgepack.build.planner import BuildPlan
+from edgepack.build.judging import Golden
+from edgepack.build.planner import BuildPlan, Step
 from edgepack.bundle import manifest as m
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.pack import (
+    EVIDENCE,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
     RUNNER,
@@ -27,14 +29,15 @@ from edgepack.bundle.pack import (
     write_bundle,
 )
 from edgepack.errors import InputError
+from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.target import Target
 from edgepack.spec.tensor import TensorSpec
 from edgepack.spec.toolchain import load_toolchain
-from edgepack.store import Json, digest_json
+from edgepack.store import Json, StepRecord, canonical_json, digest_json
 
-MIN_SQNR_DB = {"int8": 20.0, "as-is": 20.0, "fp32": 50.0}
+INTEGER_SQNR_DB, FLOAT_SQNR_DB = 20.0, 50.0
 """How close a device must come to the golden outputs.
 
 float32 kernels differ in the order of sums only, some 100 dB below the signal; int8 ones also in rounding of
@@ -43,30 +46,47 @@ a requantisation, where one step in 255 on every value leaves about 40 dB. A wro
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
-    bundle: Bundle
+class Shipment:
+    """What goes into a bundle besides the runtime."""
+
+    plan: BuildPlan
+    steps: tuple[Step, ...]
+    """Those of the plan that had something to do."""
+    record: StepRecord
+    golden: Golden
+    verdict: dict[str, Json] | None = None
+    """None for the fp32 model itself, and for a candidate on its way to a device that judges it."""
+    judged_in: str = ""
+    robustness: dict[str, Json] | None = None
+    speed: dict[str, Json] | None = None
+    evidence: dict[str, Json] | None = None
+
+    @property
+    def ships(self) -> bool:
+        """Whether budgets hold for it: not for what is there to be compared with, or to be judged."""
+        return self.verdict is not None or self.plan.recipe.precision == "as-is"
 
 
-def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench: Workbench) -> Packed:
-    """Write the bundle. Raises GateMissedError where a size budget is missed, ToolchainError, StorageError.
-
-    Budgets are for what is to ship: the fp32 bundle is there for comparison and has none.
-    """
+def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) -> Bundle:
+    """Write the bundle. Raises GateMissedError where a size budget is missed, InputError where a name or a number is
+    beyond what a manifest can say, ToolchainError, StorageError."""
+    plan = shipment.plan
     pin = load_toolchain(plan.recipe.runtime).release_for(
         plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
     )
     wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
     with bench.store.workspace() as folder:
-        files = model_files(judged.record, bench.store, folder)
+        files = model_files(shipment.record, bench.store, folder)
         parts = Parts(
             model=files,
             wheels=wheels,
             runner=RUNNER_PATH,
-            golden_inputs=bench.store.blob_path(judged.golden_inputs).read_bytes(),
-            golden_outputs=bench.store.blob_path(judged.golden_outputs).read_bytes(),
+            golden_inputs=bench.store.blob_path(shipment.golden.inputs).read_bytes(),
+            golden_outputs=bench.store.blob_path(shipment.golden.outputs).read_bytes(),
+            evidence=None if shipment.evidence is None else canonical_json(shipment.evidence) + b"\n",
         )
         try:
-            manifest = _manifest(plan, judged, opened, parts, pin.glibc)
+            manifest = _manifest(shipment, opened, parts, pin.glibc)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -74,26 +94,31 @@ def pack(plan: BuildPlan, judged: Judged, opened: OpenProject, path: Path, bench
                 f"{plan.target.name}: no manifest can hold what the project, the model or the target says for '{key}': "
                 f"{first['msg'].removeprefix('Value error, ')}; change it there"
             ) from error
-        budget = _budget(opened, plan)
+        budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
         check_budget("the model", manifest.sizes.model, budget["model_mib"], plan.target.name)
         total = sum(entry.bytes for entry in manifest.files.values())
         check_budget("the bundle", total, budget["bundle_mib"], plan.target.name)
-        return Packed(bundle=write_bundle(path, manifest, parts))
+        return write_bundle(path, manifest, parts)
 
 
-def _budget(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
+LIMITS = ("model_mib", "bundle_mib", "memory_mib", "latency_ms")
+NO_BUDGET: dict[str, float | None] = dict.fromkeys(LIMITS)
+
+
+def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
     """The tighter of the project's and the target's limit, for each."""
     found: dict[str, float | None] = {}
-    budgets = () if plan.recipe.precision == "fp32" else (opened.project.budget, plan.target.budget)
-    for name in ("model_mib", "bundle_mib", "memory_mib", "latency_ms"):
+    budgets = (opened.project.budget, plan.target.budget)
+    for name in LIMITS:
         limits = [limit for limit in (getattr(each, name) for each in budgets) if limit]
         found[name] = min(limits, default=None)
     return found
 
 
-def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
+def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
+    plan = shipment.plan
     entries = file_entries(parts.contents())
-    budget = _budget(opened, plan)
+    budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
     paths = {role: model_path(path) for role, path in parts.model.items()}
     wheels = tuple(wheel_path(path) for path in parts.wheels)
     bench_defaults = plan.target.bench
@@ -112,11 +137,13 @@ def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts
             files=paths,
             format=plan.recipe.model_format,
             precision=plan.recipe.precision,
+            candidate=plan.recipe.name,
             source_sha256=opened.model_digest,
             source_bytes=opened.interface.source_bytes,
             inputs=tuple(_tensor(spec) for spec in opened.interface.inputs),
             outputs=tuple(_tensor(spec) for spec in opened.interface.outputs),
             preprocess=preprocess.model_dump(mode="json") if preprocess else None,
+            blob=_blob(parts),
         ),
         runtime=m.RuntimePart(
             name=plan.recipe.runtime,
@@ -128,9 +155,11 @@ def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts
             m.PassPart(
                 name=step.pass_name, version=step.pass_version, params=_facts(step.params), tools=dict(step.tools)
             )
-            for step in plan.steps
+            for step in shipment.steps
         ),
-        accuracy=_accuracy(plan, judged, opened),
+        accuracy=_accuracy(shipment, opened),
+        speed="not measured" if shipment.speed is None else m.SpeedPart.model_validate_json(json.dumps(shipment.speed)),
+        evidence=EVIDENCE if parts.evidence is not None else None,
         sizes=m.Sizes(
             model=sum(entries[path].bytes for path in paths.values()),
             baseline_model=opened.interface.source_bytes,
@@ -140,7 +169,7 @@ def _manifest(plan: BuildPlan, judged: Judged, opened: OpenProject, parts: Parts
             inputs=GOLDEN_INPUTS,
             outputs=GOLDEN_OUTPUTS,
             samples=_golden_samples(parts),
-            min_sqnr_db=MIN_SQNR_DB[plan.recipe.precision],
+            min_sqnr_db=_min_sqnr_db(plan),
         ),
         bench=m.BenchPart(
             warmup=bench_defaults.warmup,
@@ -163,14 +192,33 @@ def _golden_samples(parts: Parts) -> int:
         return len(next(iter(arrays.values())))
 
 
-def _accuracy(plan: BuildPlan, judged: Judged, opened: OpenProject) -> m.AccuracyPart | None:
-    if judged.verdict is None:
+def _blob(parts: Parts) -> m.BlobPart | None:
+    if "blob" not in parts.model:
+        return None
+    found = read_blob(parts.model["blob"])
+    return m.BlobPart(
+        platform=found.platform,
+        compatibility=found.compatibility,
+        compiler=found.compiler,
+        openvino=found.openvino,
+    )
+
+
+def _min_sqnr_db(plan: BuildPlan) -> float:
+    """Of what computes in integers; int4 weights run in a kernel that rounds activations to int8."""
+    floats = plan.recipe.precision in ("fp32", "int8-weights", "fp16-weights")
+    return FLOAT_SQNR_DB if floats else INTEGER_SQNR_DB
+
+
+def _accuracy(shipment: Shipment, opened: OpenProject) -> m.AccuracyPart | None:
+    if shipment.verdict is None:
         return None
     return m.AccuracyPart(
-        verdict=_facts(judged.verdict),
+        verdict=_facts(shipment.verdict),
         evaluation_sha256=opened.evaluation.digest,
-        judged_in=judged.judged_in,
-        note=plan.recipe.note,
+        judged_in=shipment.judged_in,
+        note=shipment.plan.recipe.note,
+        robustness=None if shipment.robustness is None else _facts(shipment.robustness),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgepack.passes import PASSES
-from edgepack.runtimes.recipes import Precision, Recipe, recipe_for
+from edgepack.runtimes.recipes import Recipe
 from edgepack.spec.project import Project
 from edgepack.spec.target import System, Target
 from edgepack.store import Json, digest_json
@@ -41,6 +41,8 @@ class Step:
     input_key: str
     calibration: str | None
     why: str
+    optional: bool = False
+    """Left out where the model has nothing for it."""
 
     @property
     def key(self) -> str:
@@ -52,13 +54,14 @@ class Step:
                 "tools": dict(self.tools),
                 "input": self.input_key,
                 "calibration": self.calibration,
+                "optional": self.optional,
             }
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """All that will be done for one target; the same plan gives the same bundle."""
+    """All that will be done for one candidate; the same plan gives the same model."""
 
     target: Target
     system: System
@@ -73,6 +76,7 @@ class BuildPlan:
         return {
             "target": self.target.name,
             "os": self.system.name,
+            "candidate": self.recipe.name,
             "runtime": f"{self.recipe.runtime} {self.runtime_version}",
             "precision": self.recipe.precision,
             "judged_on": self.recipe.judged_on,
@@ -84,24 +88,25 @@ class BuildPlan:
         }
 
     def __str__(self) -> str:
-        head = (
-            f"{self.target.name}: {self.recipe.precision} for {self.recipe.runtime} {self.runtime_version}, "
-            f"{self.system.name} (Python {self.system.python}), {self.target.machine}"
-        )
-        lines = [f"  {i}. {step.pass_name}: {step.why}" for i, step in enumerate(self.steps, 1)]
-        return "\n".join(
-            [head, *lines, f"  then: judged in {self.recipe.runtime} on the {self.recipe.judged_on}, packed"]
+        lines = [f"    {i}. {step.pass_name}: {step.why}" for i, step in enumerate(self.steps, 1)]
+        return "\n".join([f"  {self.recipe.name}: {self.recipe.why}", *lines])
+
+    @property
+    def heading(self) -> str:
+        """One line on what all candidates of a target share."""
+        return (
+            f"{self.target.name}: {self.recipe.runtime} {self.runtime_version}, {self.system.name} "
+            f"(Python {self.system.python}), {self.target.machine}; judged on the {self.recipe.judged_on}"
         )
 
 
-def make_plan(project: Project, target: Target, system: System, precision: Precision, facts: PlanFacts) -> BuildPlan:
-    """The steps from the model to what ships on `target`. Raises UnsupportedError where nothing can."""
-    recipe = recipe_for(target, precision)
+def make_plan(project: Project, target: Target, system: System, recipe: Recipe, facts: PlanFacts) -> BuildPlan:
+    """The steps from the model to what the recipe makes for `target`."""
     steps: list[Step] = []
     key = facts.model
-    for name in recipe.passes:
-        each = PASSES[name]
-        params = each.params_for(project, target)
+    for use in recipe.passes:
+        name, each = use.name, PASSES[use.name]
+        params = {**each.params_for(project, target), **use.params}
         tools = {library: facts.libraries[library] for library in each.libraries}
         if each.toolchain:
             tools[each.toolchain] = facts.toolchains[each.toolchain]
@@ -112,7 +117,8 @@ def make_plan(project: Project, target: Target, system: System, precision: Preci
             tools=tools,
             input_key=key,
             calibration=facts.calibration if each.uses_calibration else None,
-            why=_why(each.title, params),
+            why=_why(each.title, use.params or params),
+            optional=use.optional,
         )
         steps.append(step)
         key = step.key
@@ -128,8 +134,17 @@ def make_plan(project: Project, target: Target, system: System, precision: Preci
 
 
 def _why(title: str, params: Mapping[str, Json]) -> str:
-    shown = ", ".join(f"{name} {value}" for name, value in params.items() if not isinstance(value, dict))
+    shown = ", ".join(f"{name} {_shown(value)}" for name, value in params.items() if not isinstance(value, dict))
     return f"{title} ({shown})" if shown else title
+
+
+def _shown(value: Json) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def search_key(plans: Sequence[BuildPlan], project: Project) -> str:
+    """Of all that the search may try and of how it chooses: while it is the same, so is the lock's choice."""
+    return digest_json({"plans": [plan.key for plan in plans], "search": project.search.model_dump(mode="json")})
 
 
 def _plan_key(
@@ -139,7 +154,9 @@ def _plan_key(
     return digest_json(
         {
             "edgepack": facts.edgepack,
-            "project": project.model_dump(mode="json", exclude={"targets", "calibration", "evaluation", "model"}),
+            "project": project.model_dump(
+                mode="json", exclude={"targets", "calibration", "evaluation", "model", "search"}
+            ),
             "target": target.model_dump(mode="json"),
             "system": system.model_dump(mode="json"),
             "runtime": [recipe.runtime, facts.runtime_version, facts.runtime_wheels],
@@ -156,8 +173,10 @@ def _evidence_key(project: Project, *, recipe: Recipe, last_step: str, facts: Pl
             "edgepack": facts.edgepack,
             "metric": project.metric.model_dump(mode="json"),
             "gate": project.gate.model_dump(mode="json"),
+            "robustness": project.robustness.model_dump(mode="json"),
             "runtime": [recipe.runtime, facts.runtime_version],
             "options": recipe.judge_options,
+            "emulated": recipe.emulate_saturation,
             "steps": last_step,
             "evaluation": facts.evaluation,
         }

@@ -1,274 +1,361 @@
-"""From a project to bundles: plan, make, judge, pack, one target after the other, each for itself."""
+"""The search: which candidate is the best for a target that still holds, and why the others are not.
+
+    proposals -> judged on the samples that choose, the most promising first
+              -> none would hold: sensitivity by layer, then the same with its worst layers in float
+              -> those that would hold, by the objective; where the clock counts, timed against fp32
+              -> one, which the caller gates on the samples that were kept apart
+
+What cannot beat a candidate that would hold already is not tried. A candidate that is certainly beyond the gate is
+dropped before all samples are run. Everything measured is remembered by content, so a killed search goes on where it
+was. docs/adr/0015-search.md.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import edgepack
-from edgepack.build.check import ensure_takes
-from edgepack.build.execute import Workbench
-from edgepack.build.inputs import OpenProject
-from edgepack.build.judging import Judged, judge_plan, judged_from_lock
-from edgepack.build.lock import Locked, lock_path, read_lock, update_lock, verdict_from
-from edgepack.build.packing import Packed, pack
-from edgepack.build.planner import BuildPlan, PlanFacts, make_plan
-from edgepack.bundle.bundle import SUFFIX, open_bundle
-from edgepack.bundle.manifest import SCHEMA
-from edgepack.errors import (
-    EdgepackError,
-    GateMissedError,
-    GateUnresolvedError,
-    InputError,
-    UsageError,
-    VerificationError,
-)
-from edgepack.passes import PASSES
-from edgepack.protocol import RUNNER_PATH
-from edgepack.runtimes.recipes import Precision, recipe_for
-from edgepack.spec.target import System, Target, load_target
-from edgepack.spec.toolchain import Pin, load_toolchain
-from edgepack.store import digest_file, digest_json, storage_errors
+from edgepack.build.arena import Made
+from edgepack.build.candidate import Candidate, pareto_front, speed_json
+from edgepack.build.estimate import Profile, estimate
+from edgepack.build.execute import bytes_of, execute
+from edgepack.build.judging import Judge
+from edgepack.build.planner import BuildPlan
+from edgepack.build.sensitivity import Sensitivity, measure_sensitivity
+from edgepack.bundle.pack import MIB
+from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnresolvedError, UnsupportedError
+from edgepack.judge.data_set import DataSet
+from edgepack.judge.drift import DriftMeter
+from edgepack.judge.drift_report import DriftReport
+from edgepack.judge.gate import can_be_proved
+from edgepack.judge.metric import Label, Outputs
+from edgepack.passes.contract import PassDefect
+from edgepack.runtimes.recipes import Recipe
+from edgepack.spec.project import Search
+from edgepack.store import Json
 
-LEFT_OVER_S = 3600.0  # a bundle is written in seconds, to a slow network drive in minutes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildOptions:
-    project_file: Path
-    output: Path
-    os_name: str | None = None
-    """Of the target's systems; None: its first."""
-    baseline: bool = False
-    """Also pack the fp32 model, as NAME-TARGET.fp32.edgepack."""
-    relock: bool = False
-    """Measure and choose anew."""
-    as_is: bool = False
-    """Pack the model as it was given: it is quantised already."""
+TIMED = 4
+"""Most candidates that are timed, the cheapest by estimate first: a comparison takes up to 20 s."""
+LEAST_CHANCE = 0.8
+"""That the gate passes it, for a candidate to be taken as one that holds. The gate is asked once: a bolder choice would
+fail more builds, a shyer one ship larger models."""
+FLOAT_LAYERS = (1, 2, 4, 8, 16, 32)
+"""How many of the most sensitive layers are left in float, in turn."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """One bundle, made now or found as it was."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """All that a search works with and does not change."""
 
-    plan: BuildPlan
-    path: Path
-    locked: Locked
+    judge: Judge
+    plans: Sequence[BuildPlan]
+    """Of the proposals, in their order."""
+    plan_of: Callable[[Recipe], BuildPlan]
+    """For recipes that the search makes itself."""
+    baseline: Made
+    """fp32 in the runtime that ships."""
+    profile: Profile
+    selection: DataSet | None
+    """None where there is nothing to choose: then all samples gate."""
+    gate_samples: int
     baseline_bytes: int
-    """The user's model as it lies on disk."""
-    model_bytes: int
-    cached: bool
+    budget_mib: float | None
+    """Of the model."""
+    search: Search
+    clock: Callable[[], float] = time.monotonic
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    target: str
-    error: EdgepackError
+@dataclass(kw_only=True)
+class Found:
+    """What a search came to."""
 
-    @property
-    def message(self) -> str:
-        """The error, with the target named first where the error does not name it."""
-        text = str(self.error)
-        return text if self.target in text.partition(":")[0] else f"{self.target}: {text}"
+    chosen: Candidate
+    candidates: list[Candidate]
+    sensitivity: tuple[Sensitivity, ...]
+    speed: dict[str, Json] | None
+    """Of the chosen one; None where this machine is not of the target's kind."""
+
+    def evidence(self, setting: Setting) -> dict[str, Json]:
+        """As JSON (docs/json.md), without the gate, which comes after."""
+        front = pareto_front(self.candidates, setting.baseline_bytes)
+        target, where = self.chosen.plan.target, setting.judge.arena.where
+        return {
+            "schema": 1,
+            "name": setting.judge.opened.project.name,
+            "target": target.name,
+            "objective": setting.search.objective,
+            "seed": setting.search.seed,
+            "samples": {
+                "selection": 0 if setting.selection is None else len(setting.selection),
+                "gate": setting.gate_samples,
+            },
+            "baseline": {"bytes": setting.baseline_bytes},
+            "candidates": [each.to_json(each.name in front, where) for each in self.candidates],
+            "sensitivity": [each.to_json() for each in self.sensitivity],
+        }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildReport:
-    built: tuple[Built, ...]
-    failed: tuple[Failed, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """0; the code that all failures share; 1 where they differ."""
-        codes = {failure.error.exit_code for failure in self.failed}
-        return 0 if not codes else codes.pop() if len(codes) == 1 else EdgepackError.exit_code
+def find(setting: Setting) -> Found:
+    """Search. Raises GateMissedError or GateUnresolvedError where none is proved not to be slower, UnsupportedError
+    where no recipe can be made of the model, and what executing and judging raise."""
+    return _Search(setting).run()
 
 
-def build(opened: OpenProject, targets: Sequence[str], options: BuildOptions, bench: Workbench) -> BuildReport:
-    """Build for each target; one that fails does not keep the others from being built.
+@dataclass
+class _Search:
+    setting: Setting
+    candidates: list[Candidate] = field(default_factory=list)
+    sensitivity: tuple[Sensitivity, ...] = ()
+    judged: int = 0
+    began: float = 0.0
 
-    Raises InputError for what is wrong with the project, its model or its data, before any work.
-    """
-    chosen = chosen_targets(targets)
-    opened.check()
-    _check_output(options.output)
-    built: list[Built] = []
-    failed: list[Failed] = []
-    for target in chosen:
+    def run(self) -> Found:
+        setting, where = self.setting, self.setting.judge.arena.where
+        self.began = setting.clock()
+        for plan in setting.plans:
+            self._add(plan, base=plan.recipe.name)
+        for candidate in list(self.candidates):
+            self._try(candidate)
+        if not self._holding() and self._can_resolve():
+            self._mix()
+        chosen = self._choose()
+        return Found(
+            chosen=chosen,
+            candidates=self.candidates,
+            sensitivity=self.sensitivity,
+            speed=None if chosen.speed is None else speed_json(chosen.speed, where),
+        )
+
+    def _add(self, plan: BuildPlan, *, base: str) -> Candidate:
+        expected = estimate(plan.recipe, self.setting.profile, plan.target)
+        candidate = Candidate(plan=plan, base=base, expected=expected)
+        self.candidates.append(candidate)
+        return candidate
+
+    def _has_time(self) -> bool:
+        budget = self.setting.search.time_budget_s
+        return budget is None or self.setting.clock() - self.began < budget
+
+    def _try(self, candidate: Candidate) -> None:
+        """Make and judge a candidate, unless that cannot change the choice."""
+        if self.judged >= self.setting.search.evaluations:
+            candidate.reason = f"the {self.setting.search.evaluations} evaluations were spent"
+            return
+        if self.judged and not self._has_time():
+            candidate.reason = f"the time budget of {self.setting.search.time_budget_s:g} s was spent"
+            return
+        better = self._beaten_by(candidate)
+        if better is not None:
+            candidate.reason = f"cannot be better than {better.name}, which holds"
+            return
+        if not self._make(candidate):
+            return
+        twin = next((c for c in self.candidates if c is not candidate and c.record and _same(c, candidate)), None)
+        if twin is not None:
+            candidate.outcome, candidate.reason = "dropped", f"the same bytes as {twin.name}"
+            return
+        most_mib = self.setting.budget_mib
+        if most_mib is not None and candidate.bytes is not None and candidate.bytes > most_mib * MIB:
+            candidate.outcome = "dropped"
+            candidate.reason = f"it takes {candidate.bytes / MIB:.2f} MiB; the budget is {most_mib:g} MiB"
+            return
+        self._judge(candidate)
+
+    def _make(self, candidate: Candidate) -> bool:
+        judge = self.setting.judge
         try:
-            for precision in precisions(options):
-                built.append(build_target(opened, target, precision, options, bench))
-        except EdgepackError as error:
-            failed.append(Failed(target=target.name, error=error))
-    return BuildReport(built=tuple(built), failed=tuple(failed))
+            record = execute(candidate.plan, judge.opened, judge.bench)
+        except UnsupportedError as error:
+            candidate.outcome, candidate.reason = "dropped", str(error)
+            return False
+        except PassDefect as error:
+            candidate.outcome, candidate.reason = "failed", f"a defect of edgepack: {error}"
+            judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} failed: {candidate.reason}")
+            return False
+        candidate.record = record
+        candidate.bytes = bytes_of(record, judge.bench.store)
+        return True
 
-
-def plan_all(
-    opened: OpenProject, targets: Sequence[str], options: BuildOptions, bench: Workbench
-) -> tuple[list[BuildPlan], BuildReport]:
-    """What `build` would do, and the report of the targets that it could not even plan. Raises as `build` does."""
-    chosen = chosen_targets(targets)
-    opened.check()
-    plans: list[BuildPlan] = []
-    failed: list[Failed] = []
-    for target in chosen:
-        try:
-            system = target.os_named(options.os_name)
-            ensure_takes(opened, target, system, as_is=options.as_is)
-            plans += [plan_for(opened, target, system, each, bench) for each in precisions(options)]
-        except EdgepackError as error:
-            failed.append(Failed(target=target.name, error=error))
-    return plans, BuildReport(built=(), failed=tuple(failed))
-
-
-def chosen_targets(names: Sequence[str]) -> list[Target]:
-    """The targets of these names, each once. Raises InputError, and UsageError where two would make one bundle."""
-    chosen: dict[str, Target] = {}
-    for name in names:
-        target = load_target(name)
-        if chosen.setdefault(target.name, target) != target:
-            raise UsageError(
-                f"--target {name}: its name is '{target.name}', that of another target of this build, and so would its "
-                "bundle's be: give it a name of its own, or build one after the other"
+    def _judge(self, candidate: Candidate) -> None:
+        """Fill in the verdict on the samples that choose."""
+        setting, judge = self.setting, self.setting.judge
+        assert candidate.record is not None
+        self.judged += 1
+        if setting.selection is None:
+            candidate.outcome = "kept"
+            return
+        judge.bench.say(f"{candidate.plan.target.name}: trying {candidate.name} ({candidate.plan.recipe.why})")
+        made = Made(plan=candidate.plan, record=candidate.record)
+        watcher = _Drift(meter=DriftMeter(metric=judge.opened.metric))
+        seen = judge.select(made, setting.selection, watcher, gate_samples=setting.gate_samples)
+        verdict = candidate.selection = seen.verdict
+        candidate.stopped_early, candidate.foreseen_worst = seen.stopped_early, seen.foreseen_worst
+        candidate.chance = seen.chance
+        candidate.drift = watcher.report()
+        candidate.outcome = "kept" if self._holds(candidate) else "dropped"
+        if verdict.drop is None:
+            candidate.reason = verdict.reason
+        elif candidate.outcome == "dropped":
+            candidate.reason = (
+                f"drop {verdict.drop:.4g} on the samples that choose, limit {verdict.max_drop:g}: "
+                f"the gate would pass it with a chance of {candidate.chance:.0%}"
             )
-    return list(chosen.values())
+
+    def _holds(self, candidate: Candidate) -> bool:
+        """Whether the gate would pass it; where no candidate can be proved, whether it is not missed."""
+        verdict = candidate.selection
+        if verdict is None or verdict.drop is None or candidate.stopped_early:
+            return False
+        accepted = self.setting.judge.opened.project.gate.accept_unresolved
+        if accepted or not self._can_resolve():
+            return verdict.answer != "missed"
+        return candidate.chance >= LEAST_CHANCE
+
+    def _holding(self) -> list[Candidate]:
+        return [c for c in self.candidates if c.outcome == "kept"]
+
+    def _can_resolve(self) -> bool:
+        opened = self.setting.judge.opened
+        return can_be_proved(opened.metric, opened.project.gate, self.setting.gate_samples)
+
+    def _beaten_by(self, candidate: Candidate) -> Candidate | None:
+        """One that holds and costs no more than this one can at best."""
+        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
+        least = candidate.rank(objective, baseline)[0]
+        holding = [c for c in self._holding() if c.rank(objective, baseline)[0] <= least]
+        return min(holding, key=lambda c: c.rank(objective, baseline), default=None)
+
+    def _mix(self) -> None:
+        """Leave the layers that cost most in float, ever more of them, until one such candidate holds."""
+        judge = self.setting.judge
+        tried = [
+            c
+            for c in self.candidates
+            if c.selection is not None and c.plan.recipe.precision == "int8" and c.plan.recipe.runtime == "onnxruntime"
+        ]
+        if not tried or self.judged >= self.setting.search.evaluations:
+            return
+        base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst))
+        assert base.record is not None
+        made = Made(plan=base.plan, record=base.record)
+        self.sensitivity = measure_sensitivity(made, judge.opened, judge.bench, more_time=self._has_time)
+        for count in FLOAT_LAYERS:
+            if 2 * count > len(self.sensitivity):
+                return
+            candidate = self._add(self.setting.plan_of(self._mixed(base, count)), base=base.base)
+            self._try(candidate)
+            if candidate.outcome == "kept":
+                return
+
+    def _mixed(self, base: Candidate, count: int) -> Recipe:
+        recipe = base.plan.recipe
+        left: list[Json] = [*sorted(each.node for each in self.sensitivity[:count])]
+        passes = recipe.with_params("quantise-static", {"float_nodes": left})
+        bits: dict[str, Json] = {"bits_by_node": {str(name): None for name in left}}
+        passes = replace(recipe, passes=passes).with_params("gptq", bits)
+        why = f"{recipe.why}; the {count} most sensitive layers in float"
+        return replace(recipe, name=f"{recipe.name}-mixed-{count}", why=why, passes=passes)
+
+    def _choose(self) -> Candidate:
+        """The best of those that hold; where none does, the one that comes nearest, for the gate to say so."""
+        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
+        holding = sorted(self._holding(), key=lambda c: c.rank(objective, baseline))
+        if not holding:
+            judged = [c for c in self.candidates if c.selection is not None]
+            if not judged:
+                raise self._nothing_made()
+            nearest = min(judged, key=lambda c: (-c.chance, c.foreseen_worst, c.rank(objective, baseline)))
+            if self.setting.judge.arena.times:  # the gate may pass it after all, and then it must not be slow either
+                self._fastest([nearest])
+            nearest.outcome, nearest.reason = "chosen", f"none holds; this one comes nearest ({nearest.reason})"
+            return nearest
+        chosen = self._fastest(holding) if self.setting.judge.arena.times else holding[0]
+        for other in holding:
+            if not other.reason:
+                other.reason = f"holds, but {chosen.name} is better by the objective ({objective})"
+        chosen.outcome = "chosen"
+        chosen.reason = f"the best of {len(holding)} that hold, by the objective ({objective})"
+        return chosen
+
+    def _nothing_made(self) -> EdgepackError:
+        """The reason where all share one, else all of them."""
+        reasons = list(dict.fromkeys(c.reason for c in self.candidates if c.outcome != "not tried"))
+        text = reasons[0] if len(reasons) == 1 else "; ".join(f"{c.name}: {c.reason}" for c in self.candidates)
+        if any(c.outcome == "failed" for c in self.candidates):
+            return DefectError(text)
+        if self.setting.budget_mib is not None and any(c.bytes is not None for c in self.candidates):
+            return GateMissedError(f"the model does not fit its budget: {text}: nothing was packed")
+        return UnsupportedError(text)
+
+    def _fastest(self, holding: list[Candidate]) -> Candidate:
+        """Time the cheapest; what is not proved to be as fast as fp32 does not go on, unless bytes alone count."""
+        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
+        timed: list[Candidate] = []
+        for candidate in holding[: TIMED if objective != "size" else 1]:
+            self._time(candidate)
+            timed.append(candidate)
+        fit = [c for c in timed if objective == "size" or (c.speed is not None and c.speed.never_slower)]
+        for candidate in holding[len(timed) :] if not fit else []:
+            self._time(candidate)
+            timed.append(candidate)
+            if candidate.speed is not None and candidate.speed.never_slower:
+                fit = [candidate]
+                break
+        for candidate in timed:
+            if candidate not in fit:
+                candidate.outcome, candidate.reason = "dropped", _slow(candidate)
+        if not fit:
+            raise _none_is_fast(timed, self.setting)
+        return min(fit, key=lambda c: c.rank(objective, baseline))
+
+    def _time(self, candidate: Candidate) -> None:
+        setting, judge = self.setting, self.setting.judge
+        assert candidate.record is not None
+        made = Made(plan=candidate.plan, record=candidate.record)
+        candidate.speed = judge.speed(setting.baseline, made)
 
 
-def precisions(options: BuildOptions) -> tuple[Precision, ...]:
-    """What is built for each target, in this order: the baseline is there to be compared with what ships."""
-    if options.as_is:
-        return ("as-is",)
-    return ("int8", "fp32") if options.baseline else ("int8",)
+@dataclass(slots=True, kw_only=True)
+class _Drift:
+    """Feeds a meter as long as shapes agree: outputs whose shape follows from data have no distance."""
+
+    meter: DriftMeter
+    samples: int = 0
+    comparable: bool = True
+
+    def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None:
+        self.comparable = self.comparable and all(found[name].shape == a.shape for name, a in reference.items())
+        if self.comparable:
+            self.meter.add(reference, found, label)
+            self.samples += 1
+
+    def report(self) -> DriftReport | None:
+        return self.meter.report() if self.comparable and self.samples else None
 
 
-def build_target(
-    opened: OpenProject, target: Target, precision: Precision, options: BuildOptions, bench: Workbench
-) -> Built:
-    """One bundle of a target. Raises EdgepackError; where its gate is missed, an older bundle is removed too."""
-    system = target.os_named(options.os_name)
-    ensure_takes(opened, target, system, as_is=options.as_is)
-    plan = plan_for(opened, target, system, precision, bench)
-    try:
-        return _build_one(opened, plan, options, bench)
-    except (GateMissedError, GateUnresolvedError):
-        path = bundle_path(opened, target, options, precision)
-        with storage_errors(path):
-            path.unlink(missing_ok=True)  # an old one must not pass for new
-        raise
-
-
-def plan_for(opened: OpenProject, target: Target, system: System, precision: Precision, bench: Workbench) -> BuildPlan:
-    """The plan, from digests alone. Raises UnsupportedError where this target or machine cannot do it."""
-    recipe = recipe_for(target, precision)
-    pin = load_toolchain(recipe.runtime).release_for(target.machine, system.python, system.glibc)
-    passes = [PASSES[name] for name in recipe.passes]
-    facts = PlanFacts(
-        edgepack=f"{edgepack.__version__} {SCHEMA} {digest_file(RUNNER_PATH)}",
-        model=opened.model_digest,
-        calibration=opened.calibration.digest,
-        evaluation=opened.evaluation_digest,
-        libraries={name: importlib.metadata.version(name) for each in passes for name in each.libraries},
-        toolchains={each.toolchain: wheels_digest(bench.host_pin(each.toolchain)) for each in passes if each.toolchain},
-        runtime_version=pin.release,
-        runtime_wheels=wheels_digest(pin),
-    )
-    return make_plan(opened.project, target, system, precision, facts)
-
-
-def wheels_digest(pin: Pin) -> str:
-    return digest_json([wheel.sha256 for wheel in pin.wheels])
-
-
-def bundle_path(opened: OpenProject, target: Target, options: BuildOptions, precision: Precision) -> Path:
-    suffix = f".fp32{SUFFIX}" if precision == "fp32" else SUFFIX
-    return options.output / f"{opened.project.name}-{target.name}{suffix}"
-
-
-def _build_one(opened: OpenProject, plan: BuildPlan, options: BuildOptions, bench: Workbench) -> Built:
-    path = bundle_path(opened, plan.target, options, plan.recipe.precision)
-    lock = lock_path(options.project_file)
-    name = f"{plan.target.name} {plan.system.name} {plan.recipe.precision}"
-    found = None if options.relock else read_lock(lock).get(name)
-    locked = found if found is not None and _vouches(found, plan) else None
-    if locked is not None and _is_whole(path, locked):
-        bench.say(f"{plan.target.name}: unchanged, {path}")
-        return _built(opened, plan, path, locked, cached=True)
-    judged = (
-        judge_plan(plan, opened, bench, fresh=options.relock)
-        if locked is None
-        else judged_from_lock(plan, locked, opened, bench, lock)
-    )
-    bench.say(f"{plan.target.name}: packing {path.name}")
-    packed: Packed = pack(plan, judged, opened, path, bench)
-    entry = _locked(plan, judged, packed)
-    if entry != found:
-        update_lock(lock, name, entry, bench.store.folder)
-    return _built(opened, plan, path, entry, cached=False)
-
-
-def _vouches(found: Locked, plan: BuildPlan) -> bool:
-    """Whether an entry is of this very plan and lets it ship; a merge can have left one that does not: judge anew."""
-    if found.plan != plan.key:
+def _same(one: Candidate, other: Candidate) -> bool:
+    """Whether they are one model that runs in one way: of OpenVINO's, float32 and bf16 are one file."""
+    if one.record is None or other.record is None or one.record.files != other.record.files:
         return False
-    if found.verdict is None:
-        return not plan.recipe.is_judged
-    verdict = verdict_from(found.verdict)
-    return verdict.holds and verdict.interval is not None
+    first, second = one.plan.recipe, other.plan.recipe
+    return (first.runtime, first.device_options) == (second.runtime, second.device_options)
 
 
-def _is_whole(path: Path, locked: Locked) -> bool:
-    """Whether the bundle is there, byte for byte, and in a form that this version reads."""
-    with storage_errors(path), contextlib.suppress(FileNotFoundError, InputError, VerificationError):
-        if path.is_file() and digest_file(path) == locked.bundle:
-            open_bundle(path)
-            return True
-    return False
+def _slow(candidate: Candidate) -> str:
+    speed = candidate.speed
+    assert speed is not None
+    interval = "no interval" if speed.interval is None else f"[{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]"
+    what = "slower than fp32" if speed.verdict == "slower" else "not proved to be as fast as fp32"
+    return f"{what}: {speed.ratio:.3f} of its time {interval}"
 
 
-def _locked(plan: BuildPlan, judged: Judged, packed: Packed) -> Locked:
-    return Locked(
-        plan=plan.key,
-        model=judged.record.files,
-        golden=judged.golden_outputs,
-        verdict=judged.verdict,
-        judged_in=judged.judged_in,
-        bundle=packed.bundle.file_sha256(),
-        bundle_bytes=packed.bundle.size_bytes,
+def _none_is_fast(timed: Sequence[Candidate], setting: Setting) -> GateMissedError | GateUnresolvedError:
+    lines = "; ".join(f"{c.name} is {_slow(c)}" for c in timed)
+    where = setting.judge.arena.where
+    if all(c.speed is not None and c.speed.verdict == "slower" for c in timed):
+        return GateMissedError(f"slower than fp32 on {where}, so nothing ships: {lines}; --objective size ships it")
+    return GateUnresolvedError(
+        f"not one candidate is proved to be as fast as fp32 on {where}: {lines}; build again on a quieter machine, or "
+        "with --device none, which leaves the speed unmeasured"
     )
-
-
-def _built(opened: OpenProject, plan: BuildPlan, path: Path, locked: Locked, *, cached: bool) -> Built:
-    bundle = open_bundle(path)
-    if bundle.manifest.target.name != plan.target.name:
-        raise VerificationError(f"{path}: is for {bundle.manifest.target.name}; expected {plan.target.name}")
-    return Built(
-        plan=plan,
-        path=path,
-        locked=locked,
-        baseline_bytes=opened.interface.source_bytes,
-        model_bytes=bundle.manifest.sizes.model,
-        cached=cached,
-    )
-
-
-def _check_output(folder: Path) -> None:
-    """Raises StorageError, or InputError where `folder` is a file, before work is done."""
-    with storage_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: is a file; expected the folder that bundles go to")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        _sweep(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed builds left half written. One that is being written is younger than LEFT_OVER_S."""
-    for part in folder.glob(f".*{SUFFIX}.*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another build sweeps too
-            if time.time() - part.stat().st_mtime > LEFT_OVER_S:
-                part.unlink()

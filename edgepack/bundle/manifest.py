@@ -92,16 +92,34 @@ class TensorPart(Part):
     shape: Annotated[tuple[int | Line | None, ...], Field(max_length=64)]
 
 
+class BlobPart(Part):
+    """A model compiled for an NPU ahead of time, as it says itself."""
+
+    platform: Line
+    """As NPU_PLATFORM names it."""
+    compatibility: Line
+    """What the device's driver compares: "compiler=8.4;npu=4000;t=4;elf=1.2.2;mi=11.4.10"."""
+    compiler: Line
+    openvino: Line
+
+
 class ModelPart(Part):
     files: dict[str, str]
-    """Path in the bundle by role: `model`, and `weights` where the format keeps them apart."""
+    """Path in the bundle by role: `model`, `weights` where the format keeps them apart, `blob` for an NPU."""
     format: Literal["onnx", "openvino-ir"]
-    precision: Literal["int8", "fp32", "as-is"]
+    precision: Literal[
+        "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
+    ]
+    """`-weights`: stored so, computed in float32; `as-is`: what the model had that was given."""
+    candidate: Line
+    """Of those that the search tried (evidence.json): `int8`, `int8-w4`."""
     source_sha256: Hex
     source_bytes: Bytes
     inputs: tuple[TensorPart, ...]
     outputs: tuple[TensorPart, ...]
     preprocess: Facts | None = None
+    blob: BlobPart | None = None
+    """Of `files["blob"]`; the model beside it is what it was compiled from, and the fallback."""
 
 
 class RuntimePart(Part):
@@ -128,12 +146,29 @@ class AccuracyPart(Part):
     """Runtime and version, its device, and the machine: "onnxruntime 1.32.0 on x86_64 (CPU)"."""
     note: Line | None = None
     """What the reader must know, for instance that no NPU ran it."""
+    robustness: Facts | None = None
+    """Under corruption; None where the project sets no limit."""
 
     @field_validator("verdict")
     @classmethod
     def _verdict_can_be_shown(cls, value: Facts) -> Facts:
         _Shown.model_validate(value)
         return value
+
+
+class SpeedPart(Part):
+    """One inference of this model against one of the fp32 model, timed in turns: below 1 is faster."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+    confidence: float
+    tolerance: float
+    rounds: int
+    verdict: Literal["faster", "equal", "slower", "unresolved"]
+    baseline_ms: float
+    candidate_ms: float
+    disturbances: tuple[Line, ...]
+    where: Line
 
 
 class _Shown(pydantic.BaseModel):
@@ -191,7 +226,9 @@ class Manifest(Part):
     passes: tuple[PassPart, ...]
     accuracy: AccuracyPart | None
     """None in a bundle of the fp32 model itself, or of the model as it was given."""
-    speed: Literal["not measured"] = "not measured"
+    speed: SpeedPart | Literal["not measured"] = "not measured"
+    evidence: str | None = None
+    """Path of evidence.json: every candidate that was tried, and why this one was taken."""
     sizes: Sizes
     golden: Golden
     bench: BenchPart
@@ -212,6 +249,7 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _what_is_named_is_there(self) -> Manifest:
         named = [*self.model.files.values(), *self.runtime.wheels, self.golden.inputs, self.golden.outputs, self.runner]
+        named += [self.evidence] if self.evidence is not None else []
         for path in named:
             if path not in self.files:
                 raise ValueError(f"'{path}' is named, but not among the files")

@@ -33,15 +33,19 @@ class Parts:
     runner: Path
     golden_inputs: bytes
     golden_outputs: bytes
+    evidence: bytes | None = None
 
     def contents(self) -> dict[str, Content]:
         files: dict[str, Content] = {model_path(path): path for path in self.model.values()}
         files |= {wheel_path(path): path for path in self.wheels}
         files |= {RUNNER: self.runner, GOLDEN_INPUTS: self.golden_inputs, GOLDEN_OUTPUTS: self.golden_outputs}
+        if self.evidence is not None:
+            files[EVIDENCE] = self.evidence
         return dict(sorted(files.items()))
 
 
 RUNNER = "runner.py"
+EVIDENCE = "evidence.json"
 GOLDEN_INPUTS = "golden/inputs.npz"
 GOLDEN_OUTPUTS = "golden/outputs.npz"
 

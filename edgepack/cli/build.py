@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,18 +13,44 @@ from edgepack.cli.output import JsonFlag, say, show_json
 
 if TYPE_CHECKING:
     from edgepack.build.inputs import OpenProject
+    from edgepack.transports.base import Transport
+
+ModelArgument = Annotated[Path | None, typer.Argument(help="A model, instead of the one that the project names.")]
+TargetOption = Annotated[
+    list[str] | None, typer.Option("--target", "-t", help="A target's name or a .toml file; can be repeated.")
+]
+ProjectOption = Annotated[Path, typer.Option("--project", "-p", help="The project file.")]
 
 
 def build(
-    model: Annotated[Path | None, typer.Argument(help="A model, instead of the one that the project names.")] = None,
-    target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="A target's name or a .toml file; can be repeated.")
-    ] = None,
-    project: Annotated[Path, typer.Option("--project", "-p", help="The project file.")] = Path("edgepack.toml"),
+    model: ModelArgument = None,
+    target: TargetOption = None,
+    project: ProjectOption = Path("edgepack.toml"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for bundles.")] = Path("dist"),
     os: Annotated[
         str | None, typer.Option("--os", help="The devices' operating system; see `edgepack targets show`.")
     ] = None,
+    objective: Annotated[
+        Literal["latency", "size", "balanced"] | None,
+        typer.Option(help="What the best candidate has least of; balanced: size times time.", show_default=False),
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Judge at most so many candidates; 1: the plain one alone.")
+    ] = None,
+    time_budget: Annotated[
+        float | None, typer.Option(min=0.001, help="Begin no candidate after so many seconds.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the split of the evaluation data.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            "-d",
+            help="Judge accuracy and speed there (ssh://user@host, or a name from devices.toml); "
+            "none: measure no speed. By default this machine, where it is of the target's kind.",
+        ),
+    ] = None,
+    inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also pack the fp32 model, as NAME-TARGET.fp32.edgepack.")
     ] = False,
@@ -31,49 +59,95 @@ def build(
     ] = False,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="Measure and choose anew.")] = False,
     as_is: Annotated[
-        bool, typer.Option("--as-is", help="Pack the model as it is, without quantising: it is quantised already.")
+        bool, typer.Option("--as-is", help="Pack the model as it is, without a search: it is quantised already.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of each candidate why it was taken, dropped or not tried.")
+    ] = False,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write an HTML page: the front, all candidates, sensitivity, gates."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what may be tried, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compress a model for each target, prove its accuracy, and pack it with a runtime into one bundle.
+    """Find the best compression for each target, prove its accuracy, and pack it with a runtime into one bundle.
 
-    A bundle is made only where the gate of the project file holds; else the exit code says why not, and no
-    bundle, old or new, stays under that name. What did not change is not done again.
+    A part of the evaluation data chooses among candidates, the rest gates the one that was chosen. A bundle is made
+    only where the gate of the project file holds, and where nothing shows it slower than fp32; else the exit code
+    says why not, and no bundle, old or new, stays under that name. What did not change is not done again.
 
     \b
     Examples:
       edgepack build --target rpi4
       edgepack build --target rpi4 --target x86-avx512 --target intel-npu --json
+      edgepack build --target rpi5 --objective latency --device ssh://pi@raspberrypi.local --explain
+      edgepack build --target rpi4 --objective size --report report.html
       edgepack build int8.onnx --target rpi4 --as-is
       edgepack build other.onnx --target ./my-board.toml --os debian-13 --dry-run
     """
+    from edgepack.build.build import BuildOptions, plan_all
+    from edgepack.build.build import build as build_all
     from edgepack.build.execute import Workbench
     from edgepack.build.inputs import open_project
-    from edgepack.build.search import BuildOptions, build, plan_all
     from edgepack.errors import UsageError
-    from edgepack.report.tables import build_document, build_table, plan_document
+    from edgepack.report.tables import build_document, build_table, explain_page, plan_document, plan_page
     from edgepack.store import Store, cache_folder
 
     store = Store(cache_folder())
-    opened = open_project(project, store, model=model, say=say)
-    if accept_unresolved:
-        opened = _accepting(opened)
+    opened = _adjusted(
+        open_project(project, store, model=model, say=say),
+        accept_unresolved=accept_unresolved,
+        search={
+            "objective": objective,
+            "evaluations": evaluations,
+            "time_budget_s": time_budget,
+            "seed": seed,
+        },
+    )
     names = target or opened.target_names
     if not names:
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
+    if device not in (None, "none", "local") and len(names) > 1:
+        raise UsageError(f"--device {device}: judges one target; give one --target, not {len(names)}")
+    if as_is and (baseline or device is not None):
+        raise UsageError(
+            "--as-is with --baseline or --device: a model that is packed as it is has no fp32 form to be compared "
+            "with; leave them out"
+        )
+    if report_file is not None:
+        from edgepack.report.svg import require_plotting
+
+        require_plotting()
     bench = Workbench(store=store, say=say)
-    if as_is and baseline:
-        raise UsageError("--as-is with --baseline: a model that is packed as it is has no fp32 form; leave one out")
-    options = BuildOptions(
-        project_file=project, output=output, os_name=os, baseline=baseline, relock=update_lock, as_is=as_is
-    )
-    if dry_run:
-        plans, report = plan_all(opened, names, options, bench)
-        document, text = plan_document(plans, report), "\n".join(str(plan) for plan in plans)
-    else:
-        report = build(opened, names, options, bench)
-        document, text = build_document(report), build_table(report) if report.built else ""
+    with _device(device, inventory) as transport:
+        from edgepack.bench.install import ROOT
+
+        options = BuildOptions(
+            project_file=project,
+            output=output,
+            os_name=os,
+            baseline=baseline,
+            relock=update_lock,
+            as_is=as_is,
+            device=transport,
+            device_root=ROOT,
+            measure_speed=device != "none",
+        )
+        if dry_run:
+            plans, report = plan_all(opened, names, options, bench)
+            document, text = plan_document(plans, report), plan_page(plans)
+        else:
+            report = build_all(opened, names, options, bench)
+            document = build_document(report)
+            pages = [build_table(report)] if report.built else []
+            text = "\n".join([*pages, *(explain_page(each) for each in report.evidence if explain)])
+    if report_file is not None and not dry_run:
+        from edgepack.report.page import build_page
+        from edgepack.store import write_atomic
+
+        write_atomic(report_file, build_page(report.evidence).encode())
+        say(f"wrote {report_file}")
     if as_json:
         show_json(document)
     elif text:
@@ -84,8 +158,29 @@ def build(
         raise typer.Exit(report.exit_code)
 
 
-def _accepting(opened: OpenProject) -> OpenProject:
+@contextlib.contextmanager
+def _device(spec: str | None, inventory: Path | None) -> Iterator[Transport | None]:
+    """The device that judges; None where it is this machine, or nobody."""
+    if spec in (None, "none", "local"):
+        yield None
+        return
+    from edgepack.transports.resolve import open_transport
+
+    assert spec is not None
+    transport = open_transport(spec, inventory_path=inventory, say=say)
+    try:
+        yield transport
+    finally:
+        transport.close()
+
+
+def _adjusted(opened: OpenProject, *, accept_unresolved: bool, search: dict[str, object]) -> OpenProject:
+    """The project with what the command line says instead."""
     from dataclasses import replace
 
-    gate = opened.project.gate.model_copy(update={"accept_unresolved": True})
-    return replace(opened, project=opened.project.model_copy(update={"gate": gate}))
+    project = opened.project
+    given = {name: value for name, value in search.items() if value is not None}
+    changed: dict[str, object] = {"search": project.search.model_copy(update=given)}
+    if accept_unresolved:
+        changed["gate"] = project.gate.model_copy(update={"accept_unresolved": True})
+    return replace(opened, project=project.model_copy(update=changed))

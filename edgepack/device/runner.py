@@ -27,23 +27,43 @@ install  {root, blobs, manifest: sha256} -> {bundle: path, lib: path}
          Lays out root/bundles/MANIFEST and root/runtimes/DIGEST from the blobs; what is there and whole is kept.
          Of manifest.json it reads files: {path: {sha256, bytes}} and runtime.wheels: [path].
 
-MODEL is {runtime: "onnxruntime"|"openvino", lib: folder, files: {model: path, weights: path}, options: {}, threads: n}.
-options: onnxruntime allow_spinning (bool), arena (bool); openvino device ("CPU"), precision ("f32"). It stays
-loaded between requests. All models of one process come from one lib folder: another one needs another process.
-Arrays travel as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
+MODEL is {runtime: "onnxruntime"|"openvino", lib: folder, files: {model: path, weights: path, blob: path}, options: {},
+threads: n}; files as the format has them. options: onnxruntime allow_spinning (bool), arena (bool); openvino device
+("CPU"), precision ("f32"). It stays loaded between requests. All models of one process come from one lib folder:
+another one needs another process. Arrays travel as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
 
-infer    {model, feeds: [npz], outputs: [npz], fetch: [name]|null} -> {count, elapsed_ns: [...]}      each feed one run
-infer    {model, batch: npz stacked, count: n, output: npz, fetch: [name]|null} -> {count, elapsed_ns: [...]}
+LOADED, in the results below, is {source: "model"|"blob", note: text|null, driver: text|null}: what was loaded. A blob
+is used on an NPU only. Where its driver refuses it, the model beside it is compiled there, and note says why.
+
+infer    {model, feeds: [npz], outputs: [npz], fetch: [name]|null} -> {count, elapsed_ns: [...], loaded}  each a run
+infer    {model, batch: npz stacked, count: n, output: npz, fetch: [name]|null} -> {count, elapsed_ns: [...], loaded}
+kernels  {model} -> {nodes: [{name, type, precision, kernel, layers: [name]}], quantised: [{name, type}], loaded}
+         OpenVINO alone: the execution graph, in its order and words; layers are the model's that a node stands for.
+         quantised: the model's products (convolutions, MatMul) whose operands are all quantised in the model.
 health   {model, inputs: npz stacked, outputs: npz stacked, min_sqnr_db}
-         -> {passed, outputs: {name: {sqnr_db, max_abs_error, finite, shape}}}
+         -> {passed, outputs: {name: {sqnr_db, max_abs_error, finite, shape}}, loaded}
          sqnr_db is 10 log10(sum(expected^2) / sum((expected - found)^2)), held within -300 and 300 (equal bit for bit).
-bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample: {files, commands, every_ms}}
-         -> {fresh, import_ns, load_ns, first_ns, warmup_ns, samples_ns, starts_ns,
+bench    {model, inputs: npz stacked, warmup, runs, seconds, max_seconds, sample: {files, commands, every_ms},
+          steady: {block_ms, blocks, tolerance, max_seconds}|null, streams: n|null, cpus: [n]|null, nice: n|null}
+         -> {fresh, loaded, import_ns, load_ns, first_ns, warmup_ns, samples_ns, starts_ns,
              environment: [{t_ns, wall_ns, raw_ns, files, commands}], clock, clock_resolution_ns,
-             max_rss_kib_before, max_rss_kib_loaded, max_rss_kib_after}
+             max_rss_kib_before, max_rss_kib_loaded, max_rss_kib_after, steady: bool|null, cpus: [n], nice}
          At least `runs` and at least `seconds`, but never beyond max_seconds or a million runs. The environment is
          read before loading, after the warm-up, at the end and, between two inferences, every every_ms. fresh: no
-         runtime was in this process before (else memory misleads).
+         runtime was in this process before (else memory misleads). Warming up: `warmup` inferences at least; with
+         `steady`, on in blocks of block_ms until the medians of the last `blocks` of them have a coefficient of
+         variation of `tolerance` or less, or max_seconds are over (then steady is false). With streams, so many
+         models are loaded, and as many threads run them at once: samples overlap, and count together. cpus and nice
+         hold for the whole process from then on; given back is what the kernel says they are.
+profile  {model, inputs: npz stacked, runs} -> {runs, wall_ns: [...], operators: [{name, op, kernel, ns, count}]}
+         A model of its own, with the runtime's profiler on; after a first run that is left out. ns is of all runs.
+selfcheck {runs, sample: {files, commands}} -> {resolution_ns, clock_ns: [...], empty_ns: [...], sample_ns: [...]}
+         The smallest step of the clock; two readings of it in a row; bench's own loop over a model that does nothing;
+         one reading of the environment.
+hold     {files: [glob], value} -> {held: {path: text before}}
+         Writes value to the files and keeps it there until `release` or the end of this process, also by SIGKILL: a
+         child that only waits for that writes back what was there.
+release  {} -> {restored: {path: text now}}
 """
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
@@ -72,6 +92,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -83,6 +104,8 @@ MAX_LINE_BYTES = 16 << 20  # one request
 MAX_TEXT_BYTES = 1 << 20  # one file read for the host: /proc/cpuinfo of 256 processors fits
 COMMAND_TIMEOUT_S = 5.0
 MAX_SAMPLES = 1_000_000  # of one bench; 16 bytes each while it runs
+MAX_STREAMS = 256
+MAX_PROFILED = 10_000  # runs; a profile keeps every operator of each until its end
 KEPT_MODELS = 2  # the judge compares two; more would crowd a small board
 BEST_SQNR_DB = 300.0  # beyond what float64 can tell apart
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/vc/bin"  # vcgencmd once lived in the last
@@ -91,6 +114,36 @@ ORT_TYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bool": "bool", "int8": "int8", "uint8": "uint8",
     "int16": "int16", "uint16": "uint16", "int32": "int32", "uint32": "uint32", "int64": "int64", "uint64": "uint64",
 }  # fmt: skip
+
+# What `hold` starts: it says what was there before, waits for the end of its input, and writes that back.
+HOLDER = """
+import json, signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+value, before, problem = sys.argv[1], {}, None
+def read(path):
+    with open(path) as file:
+        return file.read().strip()
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+try:
+    for path in sys.argv[2:]:
+        before[path] = read(path)
+        write(path, value)
+        if read(path) != value:
+            problem = "%s: stays %s" % (path, read(path))
+except OSError as error:
+    problem = "%s: cannot be set to %s: %s" % (path, value, error.strerror)
+print(json.dumps([before, problem]), flush=True)
+if problem is None:
+    sys.stdin.read()
+for path, text in before.items():
+    try:
+        write(path, text)
+    except OSError:
+        pass
+"""
 
 Request = Dict[str, Any]
 Arrays = Dict[str, Any]
@@ -426,9 +479,13 @@ class OnnxRuntime:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.enable_cpu_mem_arena = options["arena"]
         settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options["allow_spinning"])))
+        self.adjust(settings)
         self.session = onnxruntime.InferenceSession(files["model"], settings, providers=["CPUExecutionProvider"])
         self.inputs = {node.name: ORT_TYPES.get(node.type[7:-1]) for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
+
+    def adjust(self, settings: Any) -> None:
+        """For who wants more of a session than to run."""
 
     def knows(self, name: str) -> bool:
         return name in self.outputs
@@ -445,6 +502,7 @@ class OnnxRuntime:
 
 class OpenVino:
     OPTIONS: ClassVar[Dict[str, Any]] = {"device": "CPU", "precision": "f32"}
+    MORE: ClassVar[Dict[str, Any]] = {}
 
     def __init__(self, files: Dict[str, str], options: Dict[str, Any], threads: int) -> None:
         import openvino
@@ -452,20 +510,69 @@ class OpenVino:
         device = options["device"]
         if not re.fullmatch(r"(CPU|NPU|GPU)(\.\d+)?", device):  # AUTO and HETERO turn one device silently into another
             raise Refused("bad-request", "the OpenVINO device %.40r is not one of CPU, NPU, GPU" % device)
-        wanted = {"INFERENCE_PRECISION_HINT": options["precision"], "PERFORMANCE_HINT": "LATENCY"}
+        wanted = {"INFERENCE_PRECISION_HINT": options["precision"], "PERFORMANCE_HINT": "LATENCY", **self.MORE}
         if device == "CPU":
             wanted.update(INFERENCE_NUM_THREADS=threads, NUM_STREAMS=1)
-        core = openvino.Core()
-        network = core.read_model(*[files[key] for key in ("model", "weights") if key in files])
-        compiled = core.compile_model(network, device, wanted)
-        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        if precision != options["precision"]:
-            raise Refused("runtime", "OpenVINO took precision %s, not %s" % (precision, options["precision"]))
+        self.core, self.files, self.device = openvino.Core(), files, device
+        self.note: Optional[str] = None
+        compiled = self.from_blob() if device.startswith("NPU") and "blob" in files else None
+        self.source = "model" if compiled is None else "blob"
+        if compiled is None:
+            compiled = self.from_model(wanted)
+        self.compiled = compiled
         self.request = compiled.create_infer_request()
         self.ports = {name: i for i, port in enumerate(compiled.inputs) for name in port.get_names()}
         self.inputs = {port.get_any_name(): str(port.get_element_type().to_dtype()) for port in compiled.inputs}
         self.outputs = [port.get_any_name() for port in compiled.outputs]
         self.places = {name: i for i, port in enumerate(compiled.outputs) for name in port.get_names()}
+
+    def network(self) -> Any:
+        return self.core.read_model(*[self.files[key] for key in ("model", "weights") if key in self.files])
+
+    def from_blob(self) -> Any:
+        """What the blob holds; None where this device does not take it, which `note` then explains."""
+        with open(self.files["blob"], "rb") as file:
+            content = file.read()
+        try:
+            return self.core.import_model(content, self.device)
+        except Exception as error:  # noqa: BLE001  # OpenVINO's exceptions have no base of their own
+            why = " ".join(line for line in str(error).split("\n") if line and not line.startswith("Exception from"))
+            self.note = "the blob was refused, so the model was compiled here: %.600s" % (why or type(error).__name__)
+            return None
+
+    def from_model(self, wanted: Dict[str, Any]) -> Any:
+        try:
+            compiled = self.core.compile_model(self.network(), self.device, wanted)
+        except Exception as error:
+            if self.note is None:
+                raise
+            raise Refused("runtime", "%s; which failed as well: %s" % (self.note, error)) from error
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if precision != wanted["INFERENCE_PRECISION_HINT"]:
+            asked = wanted["INFERENCE_PRECISION_HINT"]
+            raise Refused("runtime", "OpenVINO took precision %s, not %s" % (precision, asked))
+        return compiled
+
+    def driver(self) -> Optional[str]:
+        """The version of the NPU's user-mode driver, as OpenVINO names it; None on other devices."""
+        try:
+            return str(self.core.get_property(self.device, "NPU_DRIVER_VERSION"))
+        except Exception:  # noqa: BLE001  # as above; most devices have no such property
+            return None
+
+    def kernels(self) -> Dict[str, Any]:
+        def text(info: Any, key: str) -> str:
+            return str(info[key].astype(str)) if key in info else ""
+
+        nodes = []
+        for node in self.compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            kind = text(info, "layerType")
+            if kind not in ("Const", "Input", "Output"):
+                entry = {"name": node.get_friendly_name(), "type": kind, "precision": text(info, "runtimePrecision")}
+                layers = [name for name in text(info, "originalLayersNames").split(",") if name]
+                nodes.append(dict(entry, kernel=text(info, "primitiveType"), layers=layers))
+        return {"nodes": nodes, "quantised": quantised_products(self.network())}
 
     def knows(self, name: str) -> bool:
         return name in self.places
@@ -480,7 +587,96 @@ class OpenVino:
         return {name: raw[self.places[name]].copy() for name in names}
 
 
+PRODUCTS = {
+    "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"
+}  # fmt: skip
+# What OpenVINO's low-precision transformations carry integers through; the first three dequantise.
+CARRIERS = {
+    "Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit",
+    "Slice", "StridedSlice", "MaxPool", "Concat", "Gather", "Pad", "DepthToSpace", "SpaceToDepth", "Tile", "Broadcast",
+}  # fmt: skip
+
+
+def quantised_products(network: Any) -> List[Dict[str, str]]:
+    """Those whose two operands are quantised, by way of CARRIERS: FakeQuantize of 256 levels, or an 8-bit constant."""
+
+    def is_quantised(node: Any) -> bool:
+        kind = node.get_type_name()
+        if kind == "Constant":
+            return node.get_element_type().get_type_name() in ("i8", "u8")
+        if kind == "FakeQuantize":
+            return int(node.get_attributes()["levels"]) <= 256
+        return kind in CARRIERS and is_quantised(node.input_value(0).get_node())
+
+    products = [node for node in network.get_ordered_ops() if node.get_type_name() in PRODUCTS]
+    return [
+        {"name": node.get_friendly_name(), "type": node.get_type_name()}
+        for node in products
+        if all(is_quantised(node.input_value(i).get_node()) for i in (0, 1))
+    ]
+
+
 RUNTIMES: Dict[str, Any] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+
+
+# --- the same with their profilers on: operators() ends it and gives what the runs since the first one took ---
+
+
+class ProfiledOnnxRuntime(OnnxRuntime):
+    def adjust(self, settings: Any) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="edgepack-profile-")
+        settings.enable_profiling = True
+        settings.profile_file_prefix = os.path.join(self.folder.name, "p")
+
+    def operators(self) -> List[Dict[str, Any]]:
+        with open(self.session.end_profiling(), "rb") as file:
+            events = json.load(file)
+        self.folder.cleanup()
+        runs = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+        found: Dict[str, Dict[str, Any]] = {}
+        for event in events:
+            name = event.get("name", "")
+            if event.get("cat") == "Node" and name.endswith("_kernel_time") and event["ts"] >= runs[1]:
+                more = event["args"]
+                add_time(found, name[: -len("_kernel_time")], more.get("op_name"), more.get("provider"), event["dur"])
+        return list(found.values())
+
+
+class ProfiledOpenVino(OpenVino):
+    MORE: ClassVar[Dict[str, Any]] = {"PERF_COUNT": True}
+
+    def __init__(self, files: Dict[str, str], options: Dict[str, Any], threads: int) -> None:
+        super().__init__(files, options, threads)
+        self.found: Dict[str, Dict[str, Any]] = {}
+        self.runs = 0
+
+    def run(self, feed: Any) -> Any:
+        raw = super().run(feed)
+        self.runs += 1
+        for node in self.request.get_profiling_info() if self.runs > 1 else ():
+            if node.real_time.total_seconds() > 0:
+                us = node.real_time.total_seconds() * 1e6
+                add_time(self.found, node.node_name, node.node_type, node.exec_type, us)
+        return raw
+
+    def operators(self) -> List[Dict[str, Any]]:
+        return list(self.found.values())
+
+
+PROFILERS: Dict[str, Any] = {"onnxruntime": ProfiledOnnxRuntime, "openvino": ProfiledOpenVino}
+
+
+def add_time(found: Dict[str, Dict[str, Any]], name: str, op: Any, kernel: Any, us: float) -> None:
+    entry = found.setdefault(name, {"name": name, "op": str(op), "kernel": str(kernel), "ns": 0, "count": 0})
+    entry["ns"] += int(us * 1000)
+    entry["count"] += 1
+
+
+class Nothing:
+    """A model that takes no time: what is measured of it is the measuring."""
+
+    def run(self, feed: Any) -> None:
+        return None
 
 
 def guarded(call: Callable[..., Any], *args: Any) -> Any:
@@ -501,6 +697,7 @@ class Runner:
     def __init__(self) -> None:
         self.lib: Optional[str] = None
         self.models: Dict[str, Any] = {}
+        self.holders: List[Any] = []
 
     def answer(self, line: bytes) -> Dict[str, Any]:
         number = None
@@ -601,7 +798,7 @@ class Runner:
             count, stacked = load_stacked(path_of(request, "batch"), field(request, "count", int))
             outputs, elapsed = run_stacked(model, count, stacked, fetch)
             save_arrays(path_of(request, "output"), outputs)
-            return {"count": count, "elapsed_ns": elapsed}
+            return {"count": count, "elapsed_ns": elapsed, "loaded": how_loaded(model)}
         feeds, outputs_to, elapsed = strings(request, "feeds"), strings(request, "outputs"), []
         if len(feeds) != len(outputs_to):
             raise Refused("bad-request", "%d feeds but %d outputs" % (len(feeds), len(outputs_to)))
@@ -609,7 +806,13 @@ class Runner:
             arrays, taken = run_once(model, load_arrays(os.path.expanduser(source)), fetch)
             elapsed.append(taken)
             save_arrays(os.path.expanduser(target), arrays)
-        return {"count": len(feeds), "elapsed_ns": elapsed}
+        return {"count": len(feeds), "elapsed_ns": elapsed, "loaded": how_loaded(model)}
+
+    def kernels(self, request: Request) -> Dict[str, Any]:
+        model = self.load(field(request, "model", dict))
+        if not isinstance(model, OpenVino):
+            raise Refused("bad-request", "only openvino names the kernels that it runs")
+        return dict(guarded(model.kernels), loaded=how_loaded(model))
 
     def health(self, request: Request) -> Dict[str, Any]:
         least = field(request, "min_sqnr_db", (int, float))
@@ -619,7 +822,7 @@ class Runner:
         found, _ = run_stacked(model, count, stacked, list(expected))
         report = {name: compare(expected[name], found[name]) for name in expected}
         passed = all(r["max_abs_error"] is not None and r["sqnr_db"] >= least for r in report.values())
-        return {"passed": passed, "outputs": report}
+        return {"passed": passed, "outputs": report, "loaded": how_loaded(model)}
 
     def bench(self, request: Request) -> Dict[str, Any]:
         warmup, runs = field(request, "warmup", int), max(1, field(request, "runs", int))
@@ -627,6 +830,10 @@ class Runner:
         sample = field(request, "sample", dict)
         paths, commands = expand(strings(sample, "files")), commands_of(sample)
         every_ns = max(1, field(sample, "every_ms", int)) * 1_000_000
+        streams, steady = field(request, "streams", int, None), steady_test(request)
+        if streams is not None and not 1 <= streams <= MAX_STREAMS:
+            raise Refused("bad-request", "'streams' is %d; expected 1 to %d" % (streams, MAX_STREAMS))
+        settle(request)
         fresh, rss_before = self.lib is None, peak_rss_kib()
         environment = [sample_environment(paths, commands)]
         self.models.clear()
@@ -640,19 +847,27 @@ class Runner:
         count, stacked = load_stacked(path_of(request, "inputs"))
         feeds = [prepared(model, stacked, i) for i in range(count)]
         first_ns = timed(model, feeds[0])[1]
-        warmup_ns = [timed(model, feeds[i % count])[1] for i in range(warmup)]
+        others = [self.build(spec) for _ in range(1, streams or 1)]
+        for other in others:
+            timed(other, prepared(other, stacked, 0))
+        warmup_ns, is_steady = warm_up(model, feeds, warmup, steady)
         environment.append(sample_environment(paths, commands))
         limits = (runs, int(seconds * 1e9), int(most * 1e9))
         sampler = (every_ns, lambda: environment.append(sample_environment(paths, commands)))
-        starts, samples = guarded(measure, model, feeds, limits, sampler)
+        if streams is None:
+            starts, samples = guarded(measure, model, feeds, limits, sampler)
+        else:
+            each = [feeds, *([prepared(other, stacked, i) for i in range(count)] for other in others)]
+            starts, samples = guarded(measure_streams, [model, *others], each, limits, sampler)
         rss_after = peak_rss_kib()
         environment.append(sample_environment(paths, commands))
         return {
             "fresh": fresh,
+            "loaded": how_loaded(model),
             "import_ns": imported - begin,
             "load_ns": loaded - imported,
             "first_ns": first_ns,
-            "warmup_ns": warmup_ns,
+            "warmup_ns": list(warmup_ns),
             "samples_ns": list(samples),
             "starts_ns": list(starts),
             "environment": environment,
@@ -661,7 +876,71 @@ class Runner:
             "max_rss_kib_after": rss_after,
             "clock": "perf_counter_ns",
             "clock_resolution_ns": round(time.get_clock_info("perf_counter").resolution * 1e9),
+            "steady": is_steady,
+            "cpus": sorted(os.sched_getaffinity(0)),
+            "nice": os.getpriority(os.PRIO_PROCESS, 0),
         }
+
+    def profile(self, request: Request) -> Dict[str, Any]:
+        spec, runs = field(request, "model", dict), field(request, "runs", int)
+        kind = PROFILERS.get(field(spec, "runtime", str))
+        if kind is None:
+            raise Refused("bad-request", "no profile of %.40r; of: %s" % (spec["runtime"], ", ".join(PROFILERS)))
+        if not 1 <= runs <= MAX_PROFILED:
+            raise Refused("bad-request", "'runs' is %d; expected 1 to %d" % (runs, MAX_PROFILED))
+        count, stacked = load_stacked(path_of(request, "inputs")) if self.import_runtime(spec) else (0, {})
+        model = self.build(spec, kind)
+        feeds = [prepared(model, stacked, i) for i in range(count)]
+        taken = [timed(model, feeds[i % count])[1] for i in range(runs + 1)]
+        return {"runs": runs, "wall_ns": taken[1:], "operators": guarded(model.operators)}
+
+    def selfcheck(self, request: Request) -> Dict[str, Any]:
+        runs, sample, clock = field(request, "runs", int), field(request, "sample", dict), time.perf_counter_ns
+        if not 1 <= runs <= MAX_SAMPLES:
+            raise Refused("bad-request", "'runs' is %d; expected 1 to %d" % (runs, MAX_SAMPLES))
+        paths, commands = expand(strings(sample, "files")), commands_of(sample)
+        readings = [clock() for _ in range(20_000)]
+        pairs = [after - before for before, after in zip(readings, readings[1:])]  # noqa: B905, RUF007  # 3.9
+        never = (1 << 62, lambda: None)
+        _, empty = measure(Nothing(), [None], (runs, 0, 60_000_000_000), never)
+        reading = []
+        for _ in range(10):
+            begin = clock()
+            sample_environment(paths, commands)
+            reading.append(clock() - begin)
+        steps = [step for step in pairs if step > 0]
+        return {
+            "resolution_ns": min(steps) if steps else 0,
+            "clock_ns": pairs,
+            "empty_ns": list(empty),
+            "sample_ns": reading,
+        }
+
+    def hold(self, request: Request) -> Dict[str, Any]:
+        value, paths = field(request, "value", str), expand(strings(request, "files"))
+        if not paths or not all(os.path.isfile(path) for path in paths):
+            raise Refused("missing", "%s: not there" % ", ".join(path for path in paths if not os.path.isfile(path)))
+        holder = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", HOLDER, value, *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # who ends our process group does not end it
+        )
+        before, problem = json.loads(holder.stdout.readline() or '[{}, "it ended at once"]')  # type: ignore[union-attr]
+        if problem is not None:
+            holder.communicate()
+            raise Refused("storage", problem)
+        self.holders.append((holder, before))
+        return {"held": before}
+
+    def release(self, request: Request) -> Dict[str, Any]:
+        restored: Dict[str, Optional[str]] = {}
+        while self.holders:
+            holder, before = self.holders.pop()
+            holder.communicate()
+            restored.update((path, (read_text(path) or "").strip()) for path in before)
+        return {"restored": restored}
 
     # --- models ---
 
@@ -687,23 +966,35 @@ class Runner:
     def load(self, spec: Request) -> Any:
         key = json.dumps(spec, sort_keys=True)
         if key not in self.models:
-            kind = self.import_runtime(spec)
-            threads, options = field(spec, "threads", int), dict(kind.OPTIONS)
-            files = {name: path_of(field(spec, "files", dict), name) for name in field(spec, "files", dict)}
-            for name, value in field(spec, "options", dict).items():
-                if name not in options or type(value) is not type(options[name]):
-                    known = ", ".join("%s (%s)" % (key, type(v).__name__) for key, v in options.items())
-                    raise Refused("bad-request", "option %s = %.40r is not known; known: %s" % (name, value, known))
-                options[name] = value
-            if threads < 1 or "model" not in files:
-                raise Refused("bad-request", "a model needs files.model and at least one thread")
-            for path in files.values():
-                if not os.path.isfile(path):
-                    raise Refused("missing", "%s: not there" % path)
             while len(self.models) >= KEPT_MODELS:
                 del self.models[next(iter(self.models))]
-            self.models[key] = guarded(kind, files, options, threads)
+            self.models[key] = self.build(spec)
         return self.models[key]
+
+    def build(self, spec: Request, kind: Any = None) -> Any:
+        """The model, newly made, as a `kind` if not as its runtime's own."""
+        usual = self.import_runtime(spec)
+        kind = usual if kind is None else kind
+        threads, options = field(spec, "threads", int), dict(kind.OPTIONS)
+        files = {name: path_of(field(spec, "files", dict), name) for name in field(spec, "files", dict)}
+        for name, value in field(spec, "options", dict).items():
+            if name not in options or type(value) is not type(options[name]):
+                known = ", ".join("%s (%s)" % (key, type(v).__name__) for key, v in options.items())
+                raise Refused("bad-request", "option %s = %.40r is not known; known: %s" % (name, value, known))
+            options[name] = value
+        if threads < 1 or "model" not in files:
+            raise Refused("bad-request", "a model needs files.model and at least one thread")
+        for path in files.values():
+            if not os.path.isfile(path):
+                raise Refused("missing", "%s: not there" % path)
+        return guarded(kind, files, options, threads)
+
+
+def how_loaded(model: Any) -> Dict[str, Any]:
+    """From what, and what to know about it; only an NPU's model can be loaded in two ways."""
+    if isinstance(model, OpenVino):
+        return {"source": model.source, "note": model.note, "driver": model.driver()}
+    return {"source": "model", "note": None, "driver": None}
 
 
 def check_feed(model: Any, feed: Arrays) -> None:
@@ -724,6 +1015,61 @@ def prepared(model: Any, stacked: Arrays, index: int) -> Any:
     feed = {name: numpy.asarray(value[index], order="C") for name, value in stacked.items()}
     check_feed(model, feed)
     return model.prepare(feed)
+
+
+def settle(request: Request) -> None:
+    """Move this process to the processors and the priority that the request asks for; threads made later follow."""
+    cpus, nice = field(request, "cpus", list, None), field(request, "nice", int, None)
+    if cpus is not None:
+        if not cpus or not all(type(number) is int for number in cpus):
+            raise Refused("bad-request", "'cpus' is %.60r; expected a list of processor numbers" % (cpus,))
+        try:
+            os.sched_setaffinity(0, cpus)
+        except (OSError, ValueError, OverflowError):
+            here = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise Refused("bad-request", "no processors %s here; there are: %s" % (cpus, here)) from None
+        if os.sched_getaffinity(0) != set(cpus):
+            raise Refused("bad-request", "of the processors %s only %s are here" % (cpus, os.sched_getaffinity(0)))
+    if nice is not None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        except OSError as error:
+            raise Refused("bad-request", "the priority (nice) %d: %s" % (nice, error.strerror)) from None
+
+
+def steady_test(request: Request) -> Optional[Tuple[int, int, float, int]]:
+    """(ns of a block, blocks, largest coefficient of variation, ns in all), or None."""
+    asked = field(request, "steady", dict, None)
+    if asked is None:
+        return None
+    block_ms, tolerance, most = (field(asked, name, (int, float)) for name in ("block_ms", "tolerance", "max_seconds"))
+    return int(block_ms * 1e6), max(2, field(asked, "blocks", int)), float(tolerance), int(most * 1e9)
+
+
+def warm_up(
+    model: Any, feeds: List[Any], least: int, steady: Optional[Tuple[int, int, float, int]]
+) -> Tuple[array.array[int], Optional[bool]]:
+    """Every time in ns, and whether they became steady (None: nobody asked); the test: docs/benchmarking.md."""
+    times, count = array.array("q"), len(feeds)
+    if steady is None:
+        times.extend(timed(model, feeds[i % count])[1] for i in range(least))
+        return times, None
+    block_ns, blocks, tolerance, most_ns = steady
+    medians: List[float] = []
+    began = time.perf_counter_ns()
+    while True:
+        begin, spent = len(times), 0
+        while spent < block_ns or begin == len(times):
+            times.append(timed(model, feeds[len(times) % count])[1])
+            spent += times[-1]
+        medians.append(float(sorted(times[begin:])[(len(times) - begin) // 2]))
+        last = medians[-blocks:]
+        mean = sum(last) / len(last)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in last) / max(len(last) - 1, 1))
+        if len(times) >= least and len(last) == blocks and spread <= tolerance * mean:
+            return times, True
+        if time.perf_counter_ns() - began >= most_ns or len(times) >= MAX_SAMPLES:
+            return times, False
 
 
 def timed(model: Any, feed: Any) -> Tuple[Any, int]:
@@ -756,6 +1102,52 @@ def measure(model: Any, feeds: List[Any], limits: Tuple[int, int, int], sampler:
                 sampled = clock()
     finally:
         gc.enable()
+
+
+def measure_streams(
+    models: List[Any], feeds: List[List[Any]], limits: Tuple[int, int, int], sampler: Tuple[int, Callable[[], None]]
+) -> Any:
+    """As `measure`, of all models at once, a thread each; in the order in which they began."""
+    (runs, least_ns, most_ns), (every_ns, sample) = limits, sampler
+    records = [(array.array("q"), array.array("q")) for _ in models]
+    failures: List[BaseException] = []
+    stop = threading.Event()
+
+    def work(model: Any, own: List[Any], record: Tuple[array.array[int], array.array[int]]) -> None:
+        run, clock, count, (starts, samples) = model.run, time.perf_counter_ns, len(own), record
+        most = MAX_SAMPLES // len(models)
+        try:
+            while not stop.is_set() and len(samples) < most:
+                start = clock()
+                run(own[len(samples) % count])
+                samples.append(clock() - start)
+                starts.append(start)
+        except BaseException as error:  # noqa: BLE001  # it is raised where the others are waited for
+            failures.append(error)
+            stop.set()
+
+    threads = [
+        threading.Thread(target=work, args=each, daemon=True)
+        for each in zip(models, feeds, records)  # noqa: B905  # Python 3.9 has no strict=
+    ]
+    began = sampled = time.perf_counter_ns()
+    for thread in threads:
+        thread.start()
+    while not stop.wait(0.01):
+        now, done = time.perf_counter_ns(), sum(len(samples) for _, samples in records)
+        over = now - began >= most_ns or not any(thread.is_alive() for thread in threads)
+        if (done >= runs and now - began >= least_ns) or over:
+            break
+        if now - sampled >= every_ns:
+            sample()
+            sampled = time.perf_counter_ns()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    pairs = sorted((start, taken) for starts, samples in records for start, taken in zip(starts, samples))  # noqa: B905
+    return [start for start, _ in pairs], [taken for _, taken in pairs]
 
 
 def wanted_names(model: Any, fetch: Optional[List[str]]) -> List[str]:
@@ -792,8 +1184,13 @@ VERBS: Dict[str, Callable[[Runner, Request], Dict[str, Any]]] = {
     "accept": Runner.accept,
     "install": Runner.install,
     "infer": Runner.infer,
+    "kernels": Runner.kernels,
     "health": Runner.health,
     "bench": Runner.bench,
+    "profile": Runner.profile,
+    "selfcheck": Runner.selfcheck,
+    "hold": Runner.hold,
+    "release": Runner.release,
 }
 
 

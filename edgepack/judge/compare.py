@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from edgepack.judge.data_set import DataSet, Feed
-from edgepack.judge.metric import MetricInstance
+from edgepack.judge.metric import Label, MetricInstance, Outputs
 
 Run = Callable[[Iterable[Feed]], Iterable[Feed]]
 """A model's outputs for each feed, in order."""
 
 Progress = Callable[[int, int], None]
+
+
+class Watcher(Protocol):
+    """Sees both models' outputs of each sample; a DriftMeter is one."""
+
+    def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,16 +30,30 @@ class Compared:
 
 
 def compare(
-    data: DataSet, metric: MetricInstance, baseline: Run, candidate: Run, *, progress: Progress | None = None
+    data: DataSet,
+    metric: MetricInstance,
+    baseline: Run,
+    candidate: Run,
+    *,
+    progress: Progress | None = None,
+    watcher: Watcher | None = None,
+    enough: Callable[[Compared], bool] | None = None,
 ) -> Compared:
-    """Run both models over all samples; memory for some samples and the statistics."""
+    """Run both models over all samples; memory for some samples and the statistics.
+
+    `enough` is asked after each sample and may end it early; what comes back is then shorter than the data.
+    """
     old: list[Any] = []
     new: list[Any] = []
-    outputs = zip(baseline(data.feeds()), candidate(data.feeds()), strict=True)
-    for index, (reference, found) in enumerate(outputs):
+    seen = Compared(baseline=old, candidate=new)
+    for index, (reference, found) in enumerate(zip(baseline(data.feeds()), candidate(data.feeds()), strict=True)):
         label = data.labels[index] if data.labels is not None else None
         old.append(metric.statistic(reference, label, reference))
         new.append(metric.statistic(found, label, reference))
+        if watcher:
+            watcher.add(reference, found, label)
         if progress:
             progress(index + 1, len(data))
-    return Compared(baseline=old, candidate=new)
+        if enough and enough(seen):
+            break
+    return seen

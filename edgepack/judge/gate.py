@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -172,6 +173,51 @@ def judge_drop(metric: MetricInstance, *, baseline: Sequence[Any], candidate: Se
         accepted_unresolved=answer == "unresolved" and gate.accept_unresolved,
         extra=metric.extra(after),
     )
+
+
+def foresee_worst(
+    metric: MetricInstance, *, baseline: Sequence[Any], candidate: Sequence[Any], gate: Gate, samples: int
+) -> float:
+    """The worse end of the interval that so many other samples would give, should the drop stay as it is here.
+
+    Infinite where outputs have NaN or infinity.
+    """
+    if not baseline or _not_finite(metric, candidate):
+        return math.inf
+    before, after = metric.gather(baseline), metric.gather(candidate)
+    worth, value = metric.reduce(before), metric.reduce(after)
+    drop = worth - value if metric.higher_is_better else value - worth
+    if not math.isfinite(drop):
+        return math.inf
+    interval = drop_interval(metric, before, after, drop=drop, baseline=worth, confidence=gate.confidence)
+    return interval.worst_at(samples)
+
+
+def chance_to_pass(verdict: Verdict, foreseen_worst: float) -> float:
+    """That other samples pass what `verdict` says of these; `foreseen_worst` as `foresee_worst` gives it for them.
+
+    Their drop is taken to be normal about this one, with the variances of both sets (a prediction interval); the
+    gate passes it where the drop and half the width of its interval stay within the limit.
+    """
+    if verdict.drop is None or verdict.interval is None or not math.isfinite(foreseen_worst):
+        return 0.0
+    z = NormalDist().inv_cdf(0.5 + verdict.confidence / 2)
+    here, there = verdict.interval[1] - verdict.drop, foreseen_worst - verdict.drop
+    spread = math.hypot(here, there) / z
+    room = verdict.max_drop - foreseen_worst
+    return NormalDist().cdf(room / spread) if spread > 0 else float(room >= 0)
+
+
+def can_be_proved(metric: MetricInstance, gate: Gate, samples: int) -> bool:
+    """Whether a candidate that changes no answer at all passes on so many samples; with few of them none can.
+
+    True for a metric that is no share, or no mean over samples: what its interval is then, only data tells.
+    """
+    if not metric.is_share or metric.spread == "pooled":
+        return True
+    unseen = 0.0 if metric.spread == "yes-no" else UNSEEN_LOSS
+    interval = paired_interval(np.zeros(max(samples, 1)), confidence=gate.confidence, unseen=unseen)
+    return interval.high <= resolve_max_drop(metric, gate)
 
 
 def _answer(drop: float, worst: float, limit: float) -> Answer:

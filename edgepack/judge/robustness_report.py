@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import pydantic
 
 from edgepack.errors import GateMissedError, GateUnresolvedError
 from edgepack.judge.gate import Answer
@@ -98,6 +102,15 @@ class RobustnessReport:
             f"{self.metric} under corruption: mean drop {self.mean_drop:.4f} ({self.confidence:.0%} interval {low:.4f} "
             f"to {high:.4f}, {self.samples} samples, {len(self.conditions)} conditions){most}{limit}"
         )
+
+
+_REPORT = pydantic.TypeAdapter(RobustnessReport)
+
+
+def report_from(facts: Mapping[str, object]) -> RobustnessReport:
+    """The report that `to_json` wrote. Raises ValueError for a table that is none."""
+    table = {name: value for name, value in facts.items() if name != "worst"}
+    return _REPORT.validate_json(json.dumps(table), strict=True)
 
 
 def raise_for(report: RobustnessReport) -> None:

@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError, ToolchainError
+from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError, ToolchainError, UnsupportedError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
-from edgepack.protocol import ModelRef, RunnerClient, RunnerError
+from edgepack.protocol import Kernels, ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
+from edgepack.transports.base import Transport
 
-CHUNK_BYTES = 64 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
-CHUNK_FEEDS = 512
+CHUNK_BYTES = 2 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
+CHUNK_FEEDS = 64  # with some hundred outputs of one number each, what holds an array weighs more than what is in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """Where the runner is on another machine."""
+
+    transport: Transport
+    folder: str
+    """There, for the files exchanged."""
 
 
 class RuntimeSession:
     """One runner process with one runtime; a context manager that ends it.
 
-    `lib` is the folder with the runtime's unpacked wheels, `folder` one for the files exchanged.
+    `lib` is the folder with the runtime's unpacked wheels, `folder` one of this machine for the files exchanged;
+    they, and the models' files, are the device's own where the runner is `remote`.
     One thread, so that results do not depend on how many cores this machine has.
     """
 
     def __init__(
-        self, client: RunnerClient, *, runtime: str, lib: Path, options: Mapping[str, Json], folder: Path
+        self,
+        client: RunnerClient,
+        *,
+        runtime: str,
+        lib: Path | str,
+        options: Mapping[str, Json],
+        folder: Path,
+        remote: Remote | None = None,
     ) -> None:
         self._client, self._runtime, self._lib = client, runtime, lib
-        self._options, self._folder = dict(options), folder
+        self._options, self._folder, self._remote = dict(options), folder, remote
         self._exchanges = 0
 
     def __enter__(self) -> RuntimeSession:
@@ -41,20 +60,14 @@ class RuntimeSession:
         self._client.close()
 
     def run(
-        self, files: Mapping[str, Path], feeds: Iterable[Feed], fetch: Sequence[str] | None = None
+        self, files: Mapping[str, Path | str], feeds: Iterable[Feed], fetch: Sequence[str] | None = None
     ) -> Iterator[Feed]:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
         Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
         is full, and ToolchainError when the runtime dies: no device is at fault here.
         """
-        model = ModelRef(
-            runtime=self._runtime,
-            lib=str(self._lib),
-            files={role: str(path) for role, path in files.items()},
-            options=self._options,
-            threads=1,
-        )
+        model = self._model(files)
         chunks = _Chunks(feeds)
         for chunk in chunks:
             try:
@@ -70,6 +83,27 @@ class RuntimeSession:
                 chunks.note(len(chunk), sum(array.nbytes for array in outputs.values()))
                 for index in range(len(chunk)):
                     yield {name: array[index] for name, array in outputs.items()}
+
+    def kernels(self, files: Mapping[str, Path | str]) -> Kernels:
+        """Which kernels the runtime runs the model with, where this session runs. Raises as `run` does.
+
+        UnsupportedError: this runtime does not say.
+        """
+        try:
+            return self._client.kernels(self._model(files))
+        except RunnerError as error:
+            if error.failure == "bad-request":
+                raise UnsupportedError(str(error)) from error
+            raise self._explained(error) from error
+
+    def _model(self, files: Mapping[str, Path | str]) -> ModelRef:
+        return ModelRef(
+            runtime=self._runtime,
+            lib=str(self._lib),
+            files={role: str(path) for role, path in files.items()},
+            options=self._options,
+            threads=1,
+        )
 
     def _alone(self, model: ModelRef, feed: Feed, fetch: Sequence[str] | None) -> Iterator[Feed]:
         try:
@@ -87,7 +121,7 @@ class RuntimeSession:
             with storage_errors(batch):
                 batch.write_bytes(npz_bytes({name: np.stack([f[name] for f in chunk]) for name in chunk[0]}))
             try:
-                self._client.infer_batch(model, str(batch), len(chunk), str(output), fetch=fetch)
+                self._infer(model, batch, len(chunk), output, fetch)
             except RunnerError:
                 raise
             except DeviceError as error:
@@ -99,6 +133,19 @@ class RuntimeSession:
         finally:
             batch.unlink(missing_ok=True)
             output.unlink(missing_ok=True)
+
+    def _infer(self, model: ModelRef, batch: Path, count: int, output: Path, fetch: Sequence[str] | None) -> None:
+        if self._remote is None:
+            self._client.infer_batch(model, str(batch), count, str(output), fetch=fetch)
+            return
+        transport = self._remote.transport
+        there = [f"{self._remote.folder}/{path.name}" for path in (batch, output)]
+        try:
+            transport.put(batch, there[0])
+            self._client.infer_batch(model, there[0], count, there[1], fetch=fetch)
+            transport.get(there[1], output)
+        finally:
+            transport.run(["rm", "-f", *there])
 
     def _explained(self, error: RunnerError) -> EdgepackError:
         """What a runner's failure means where it runs on this machine."""

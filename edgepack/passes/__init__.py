@@ -4,10 +4,39 @@ from __future__ import annotations
 
 from edgepack.passes.canonicalise import Canonicalise
 from edgepack.passes.contract import Pass
+from edgepack.passes.equalise import Equalise
+from edgepack.passes.gptq import Gptq
+from edgepack.passes.half import Half
 from edgepack.passes.keep import Keep
-from edgepack.passes.openvino import ConvertOpenvino, QuantiseNncf
+from edgepack.passes.low_rank import LowRank
+from edgepack.passes.narrow import StoreNarrow
+from edgepack.passes.observe import Observe
+from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
+from edgepack.passes.prune_channels import PruneChannels
+from edgepack.passes.quantise_dynamic import QuantiseDynamic
 from edgepack.passes.quantise_static import QuantiseStatic
+from edgepack.passes.smooth import Smooth
+from edgepack.passes.weight_only import WeightOnly, WeightOnlyInt4
 
 PASSES: dict[str, Pass] = {
-    each.name: each for each in (Canonicalise(), Keep(), QuantiseStatic(), ConvertOpenvino(), QuantiseNncf())
+    each.name: each
+    for each in (
+        Canonicalise(),
+        Keep(),
+        PruneChannels(),
+        LowRank(),
+        Equalise(),
+        Smooth(),
+        Gptq(),
+        Observe(),
+        QuantiseStatic(),
+        QuantiseDynamic(),
+        WeightOnly(),
+        WeightOnlyInt4(),
+        Half(),
+        StoreNarrow(),
+        ConvertOpenvino(),
+        QuantiseNncf(),
+        CompileNpu(),
+    )
 }

@@ -35,6 +35,7 @@ class Canonicalise:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxslim")
+    technique: ClassVar[tuple[str, ...]] = ("canonicalise",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"dimensions": dict(sorted(project.dimensions.items()))}

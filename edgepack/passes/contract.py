@@ -55,6 +55,9 @@ class Pass(Protocol):
     uses_calibration: ClassVar[bool]
     libraries: ClassVar[tuple[str, ...]]
     """Python packages whose version changes its result."""
+    technique: ClassVar[tuple[str, ...]]
+    """The passes behind `canonicalise` that show what this one does alone, for `compare-techniques`; () for one that
+    does nothing by itself."""
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         """What it takes from project and target, and nothing else: this goes into its cache key."""

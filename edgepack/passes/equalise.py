@@ -50,6 +50,7 @@ class Equalise:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("equalise", "observe", "quantise-static")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"strength": 1.0}

@@ -68,11 +68,14 @@ def factor(second: Matrix, *, damping: float) -> Feedback:
     damped = second.copy()
     places = np.arange(second.shape[1])
     damped[:, places, places] += extra
-    ordered = np.take_along_axis(np.take_along_axis(damped, order[:, :, None], axis=1), order[:, None, :], axis=2)
+    turned = order[:, ::-1]
+    groups = np.arange(len(second))[:, None, None]
     # H = R R' with R upper triangular is the Cholesky factor of the matrix turned about both ways.
-    root = np.linalg.cholesky(ordered[:, ::-1, ::-1])[:, ::-1, ::-1]
-    pivots = np.diagonal(root, axis1=1, axis2=2)
-    return Feedback(order=order, weights=pivots**2, upper=root / pivots[:, None, :], hessian=damped)
+    root: Matrix = np.asarray(np.linalg.cholesky(damped[groups, turned[:, :, None], turned[:, None, :]]), np.float64)
+    root = root[:, ::-1, ::-1]
+    pivots = np.diagonal(root, axis1=1, axis2=2).copy()
+    root /= pivots[:, None, :]  # in place: a copy is as large as the Hessian
+    return Feedback(order=order, weights=pivots**2, upper=root, hessian=damped)
 
 
 def corrected_target(weights: Matrix, second: Matrix, cross: Matrix, *, ridge: Matrix) -> Matrix:
@@ -120,10 +123,13 @@ def round_layer(target: Matrix, feedback: Feedback, bits: int) -> Rounded:
 def round_plainly(weights: Matrix, bits: int) -> Rounded:
     """To nearest, at the scale that reaches each channel's largest weight."""
     top = 2 ** (bits - 1) - 1
-    scales = full_scales(weights, top)
-    return Rounded(
-        integers=_nearest(weights, scales.astype(np.float64)[:, :, None], top).astype(np.int8), scales=scales
-    )
+    return round_at(weights, full_scales(weights, top), top)
+
+
+def round_at(weights: Matrix, scales: NDArray[np.float32], top: int) -> Rounded:
+    """To nearest, at scales [groups, outputs] that are given."""
+    integers = _nearest(weights, scales.astype(np.float64)[:, :, None], top).astype(np.int8)
+    return Rounded(integers=integers, scales=scales)
 
 
 def round_columns(target: Matrix, scales: NDArray[np.float32], feedback: Feedback, top: int) -> NDArray[np.int8]:

@@ -40,6 +40,7 @@ class Half:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("half",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"arithmetic": "float32"}

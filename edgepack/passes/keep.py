@@ -27,6 +27,7 @@ class Keep:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("onnx",)
+    technique: ClassVar[tuple[str, ...]] = ()
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"dimensions": dict(sorted(project.dimensions.items()))}

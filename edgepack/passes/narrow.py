@@ -77,6 +77,7 @@ class StoreNarrow:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("observe", "quantise-static", "store-narrow")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import onnx
@@ -43,18 +44,21 @@ class QdqPlan:
         return tuple(dict.fromkeys(self.source(name) for name in self.tensors))
 
 
-def plan_qdq(model: onnx.ModelProto) -> QdqPlan:
+def plan_qdq(model: onnx.ModelProto, leave: Collection[str] = ()) -> QdqPlan:
     """Every Conv, Gemm and MatMul with float32 constant weights, and what lies between them.
+
+    Nodes named in `leave` stay float; what is scaled is then scaled in the plan without `leave` too.
 
     A convolution's output is quantised always (onnxruntime has no integer convolution with a float
     output); a Gemm's or MatMul's only where an integer node reads it, so that logits stay float.
     """
-    return _Planner(model).plan()
+    return _Planner(model, frozenset(leave)).plan()
 
 
 class _Planner:
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, leave: frozenset[str]) -> None:
         self.index = GraphIndex(model.graph)
+        self.leave = leave
         self.floats = float_tensors(model)
         self.nodes: dict[str, str] = {}
         self.scaled: dict[str, None] = {}
@@ -79,7 +83,8 @@ class _Planner:
         )
 
     def _weighted(self, node: onnx.NodeProto) -> bool:
-        if node.op_type not in WEIGHTED or not node.name or node.input[0] not in self.floats:
+        wanted = node.op_type in WEIGHTED and bool(node.name) and node.name not in self.leave
+        if not wanted or node.input[0] not in self.floats:
             return False
         weight = self.index.constants.get(node.input[1])
         if weight is None or not self.index.is_float_constant(node.input[1]):

@@ -10,24 +10,39 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgepack.graph.index import GraphIndex, attributes, names, reads
-from edgepack.passes.affine import TensorScale, quantise_bias, quantise_weight, weight_scales
+from edgepack.passes.affine import BIAS_MAX, TensorScale, quantise_bias, quantise_weight, weight_scales
+from edgepack.passes.integers import IntegerWeight
 from edgepack.passes.qdq_plan import QdqPlan
 
 WEIGHTED_AXIS = {"Conv": 0, "MatMul": 1}
 
 
 def rewrite(
-    model: onnx.ModelProto, plan: QdqPlan, scales: Mapping[str, TensorScale], *, weight_bits: int
+    model: onnx.ModelProto,
+    plan: QdqPlan,
+    scales: Mapping[str, TensorScale],
+    *,
+    weight_bits: int,
+    integers: Mapping[str, IntegerWeight] | None = None,
 ) -> onnx.ModelProto:
-    """A new model; `model` stays as it is. Raises nothing for a plan made from this very model."""
-    return _Rewriter(model, plan, scales, weight_bits).run()
+    """A new model; `model` stays as it is. Raises nothing for a plan made from this very model.
+
+    `integers`, by node: weights that an earlier pass chose; they and their scales are stored as they are.
+    """
+    return _Rewriter(model, plan, scales, weight_bits, integers or {}).run()
 
 
 class _Rewriter:
     def __init__(
-        self, model: onnx.ModelProto, plan: QdqPlan, scales: Mapping[str, TensorScale], weight_bits: int
+        self,
+        model: onnx.ModelProto,
+        plan: QdqPlan,
+        scales: Mapping[str, TensorScale],
+        weight_bits: int,
+        integers: Mapping[str, IntegerWeight],
     ) -> None:
         self.model, self.plan, self.scales, self.bits = model, plan, scales, weight_bits
+        self.given = integers
         self.index = GraphIndex(model.graph)
         self.prefix = _free_prefix(model.graph)
         self.nodes: list[onnx.NodeProto] = []
@@ -113,8 +128,12 @@ class _Rewriter:
         axis = _channel_axis(node)
         input_scale = float(self.scales[node.input[0]].scale)
         fused_bias = row if node.op_type != "MatMul" else None
-        scales = weight_scales(weight, axis, self.bits, bias=fused_bias, input_scale=input_scale)
-        integers = quantise_weight(weight, scales, axis, self.bits).integers
+        given = self.given.get(node.name)
+        if given is None:
+            scales = weight_scales(weight, axis, self.bits, bias=fused_bias, input_scale=input_scale)
+            integers = quantise_weight(weight, scales, axis, self.bits).integers
+        else:
+            scales, integers = _with_room(given, fused_bias, input_scale)
         own = f"{self.prefix}#{node.name}.weight"
         base = self.stored.setdefault((node.input[1], axis, scales.tobytes()), own)  # a shared weight is stored once
         q = self._constant(base, integers)
@@ -151,6 +170,23 @@ class _Rewriter:
         # np.ascontiguousarray would make a scalar one-dimensional, which ONNX reads as one scale a channel.
         self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
+
+
+def _with_room(
+    weight: IntegerWeight, bias: NDArray[np.float32] | None, input_scale: float
+) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Scales and integers as they were chosen, but for channels whose bias would not fit: these get a larger scale."""
+    least = np.full(weight.scales.shape, np.finfo(np.float32).tiny / input_scale)
+    if bias is not None:
+        least = np.maximum(least, np.abs(bias).astype(np.float64) / (input_scale * BIAS_MAX))
+    tight = weight.scales < least
+    if not tight.any():
+        return weight.scales, weight.integers
+    scales = np.where(tight, least, weight.scales).astype(np.float32)
+    again = quantise_weight(weight.values, scales, weight.axis, weight.bits).integers
+    shape = [1] * again.ndim
+    shape[weight.axis] = -1
+    return scales, np.where(tight.reshape(shape), again, weight.integers)
 
 
 def _channel_axis(node: onnx.NodeProto) -> int:

@@ -59,6 +59,7 @@ class QuantiseDynamic:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("quantise-dynamic",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"weight_bits": target.numerics.weight_bits}

@@ -46,6 +46,7 @@ class Smooth:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("smooth", "observe", "quantise-static")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"alpha": ALPHA, "tail": TAIL, "strength": 1.0}

@@ -67,6 +67,7 @@ class WeightOnly:
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("weight-only",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"bits": 8, "block": 0, "nbits_kernel": False}
@@ -88,6 +89,7 @@ class WeightOnlyInt4(WeightOnly):
 
     name: ClassVar[str] = "weight-only-int4"
     title: ClassVar[str] = "weights stored as int4, float arithmetic"
+    technique: ClassVar[tuple[str, ...]] = ("weight-only-int4",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         # Measured on x86 with VNNI only; 5 to 28 times slower than float on a Cortex-A72 (emulated, by instructions).

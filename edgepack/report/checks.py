@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgepack.report.tables import MIB, size_text, table_text, text_table
+from edgepack.report.tables import MIB, grid, size_text
 from edgepack.store import Json
 
 if TYPE_CHECKING:
@@ -124,12 +124,13 @@ def _operators(report: CheckReport) -> str:
         takes = [view.taken[place].how if view.taken else "?" for view in report.runtimes]
         rows.setdefault((layer.operator, kinds, *takes), _Row()).add(layer, int8=layer.name in report.int8)
     names = [f"{view.runtime} {view.release or ''}".strip() for view in report.runtimes]
-    table = text_table("operator", "types", "nodes", "int8", "MACs", "parameters", *names)
-    for (operator, kinds, *takes), row in sorted(rows.items()):
-        table.add_row(
-            *(operator, kinds, str(row.nodes), str(row.int8), _count(row.macs), _count(row.parameters)), *takes
-        )
-    return table_text(table)
+    return grid(
+        ["operator", "types", "nodes", "int8", "MACs", "parameters", *names],
+        [
+            [operator, kinds, str(row.nodes), str(row.int8), _count(row.macs), _count(row.parameters), *takes]
+            for (operator, kinds, *takes), row in sorted(rows.items())
+        ],
+    )
 
 
 def _layers(report: CheckReport, *, every_layer: bool) -> str:
@@ -139,18 +140,21 @@ def _layers(report: CheckReport, *, every_layer: bool) -> str:
         shown = [layer for layer in shown if layer in heavy]
     if not shown:
         return ""
-    table = text_table("layer" if every_layer else "heaviest layers", "operator", "in", "out", "MACs", "parameters", "")
-    for layer in shown:
-        table.add_row(
-            layer.name,
-            layer.operator,
-            _shape(layer.inputs[0]) if layer.inputs else "",
-            _shape(layer.outputs[0]) if layer.outputs else "",
-            _count(layer.macs),
-            _count(layer.parameters),
-            "int8" if layer.name in report.int8 else "",
-        )
-    return table_text(table)
+    return grid(
+        ["layer" if every_layer else "heaviest layers", "operator", "in", "out", "MACs", "parameters", ""],
+        [
+            [
+                layer.name,
+                layer.operator,
+                _shape(layer.inputs[0]) if layer.inputs else "",
+                _shape(layer.outputs[0]) if layer.outputs else "",
+                _count(layer.macs),
+                _count(layer.parameters),
+                "int8" if layer.name in report.int8 else "",
+            ]
+            for layer in shown
+        ],
+    )
 
 
 def _count(value: int | None) -> str:

@@ -14,8 +14,9 @@ from edgepack.store import Json
 
 if TYPE_CHECKING:
     from edgepack.bench.result import BenchmarkResult
+    from edgepack.build.build import BuildReport, Built
     from edgepack.build.planner import BuildPlan
-    from edgepack.build.search import BuildReport, Built
+    from edgepack.build.techniques import TechniqueRow
     from edgepack.bundle.bundle import Bundle
 
 MIB = 1 << 20
@@ -38,6 +39,7 @@ def _failures(report: BuildReport) -> list[Json]:
             "exit_code": failure.error.exit_code,
             "kind": failure.error.kind,
             "error": failure.message,
+            "search": failure.evidence,
         }
         for failure in report.failed
     ]
@@ -45,6 +47,7 @@ def _failures(report: BuildReport) -> list[Json]:
 
 def _bundle_row(built: Built) -> dict[str, Json]:
     verdict: Mapping[str, Json] = built.locked.verdict or {}
+    speed = _speed(built.locked.evidence)
     return {
         "target": built.plan.target.name,
         "os": built.plan.system.name,
@@ -52,6 +55,7 @@ def _bundle_row(built: Built) -> dict[str, Json]:
         "sha256": built.locked.bundle,
         "runtime": f"{built.plan.recipe.runtime} {built.plan.runtime_version}",
         "precision": built.plan.recipe.precision,
+        "candidate": built.plan.recipe.name,
         "bytes": built.locked.bundle_bytes,
         "model_bytes": built.model_bytes,
         "baseline_bytes": built.baseline_bytes,
@@ -66,15 +70,30 @@ def _bundle_row(built: Built) -> dict[str, Json]:
         "accepted_unresolved": verdict.get("accepted_unresolved"),
         "judged_in": built.locked.judged_in if verdict else None,
         "note": built.plan.recipe.note,
-        "passes": [step.pass_name for step in built.plan.steps],
+        "passes": list(built.steps),
+        "speed": {**speed} if speed else None,
+        "search": built.locked.evidence,
         "cached": built.cached,
     }
 
 
+def _speed(evidence: Mapping[str, Json] | None) -> Mapping[str, Json] | None:
+    speed = (evidence or {}).get("speed")
+    return speed if isinstance(speed, dict) else None
+
+
+def _time_text(speed: Mapping[str, Json] | None) -> str:
+    """`0.48x`: one inference takes so much of fp32's time."""
+    if speed is None:
+        return "not measured"
+    return f"{float(str(speed['ratio'])):.2f}x ({speed['verdict']})"
+
+
 def build_table(report: BuildReport) -> str:
     """One row a bundle, fp32 and compressed side by side, and below it what was done and where it was judged."""
-    table = text_table(
-        "target", "model", "fp32", "here", "smaller", "metric", "fp32", "here", "drop, 95 % interval", "gate"
+    table = _table(
+        *("target", "chosen", "fp32", "here", "smaller", "time", "metric", "fp32", "here"),
+        *("drop, 95 % interval", "gate"),
     )
     lines: list[str] = []
     for built in report.built:
@@ -82,22 +101,89 @@ def build_table(report: BuildReport) -> str:
         metric, baseline, value, drop, answer = _accuracy_cells(verdict)
         table.add_row(
             built.plan.target.name,
-            built.plan.recipe.precision,
+            built.plan.recipe.name,
             size_text(built.baseline_bytes),
             size_text(built.model_bytes),
             f"{built.baseline_bytes / built.model_bytes:.2f}x",
+            _time_text(_speed(built.locked.evidence)) if verdict else "",
             *(metric, baseline, value, drop, answer),
         )
         state = "unchanged" if built.cached else "written"
         lines.append(f"{built.path} ({built.locked.bundle_bytes / MIB:.1f} MiB, {state})")
-        lines.append(f"  {' -> '.join(step.pass_name for step in built.plan.steps)}")
+        lines.append(f"  {' -> '.join(built.steps)}")
         if verdict:
             lines.append(
                 f"  judged in {built.locked.judged_in}, {verdict['samples']} samples{_agreement_note(verdict)}"
             )
             if built.plan.recipe.note:
                 lines.append(f"  {built.plan.recipe.note}")
-    return "\n".join([table_text(table), *lines])
+    return "\n".join([_text(table), *lines])
+
+
+def plan_page(plans: Sequence[BuildPlan]) -> str:
+    """`build --dry-run`: what may be tried, by target."""
+    lines: list[str] = []
+    for plan in plans:
+        if plan.heading not in lines:
+            lines.append(plan.heading)
+        lines.append(str(plan))
+    return "\n".join(lines)
+
+
+def explain_page(evidence: Mapping[str, Json]) -> str:
+    """`build --explain`: each candidate of one target, and why it was taken, dropped or not tried."""
+    table = _table("candidate", "bytes", "time", "drop when choosing", "front", "what became of it")
+    candidates = evidence["candidates"]
+    assert isinstance(candidates, list)
+    for each in candidates:
+        assert isinstance(each, dict)
+        speed, selection = each["speed"], each["selection"]
+        drop = ""
+        if isinstance(selection, dict) and selection["drop"] is not None:
+            drop = _number(selection["drop"], bool(selection["is_share"]), sign=True)
+        table.add_row(
+            str(each["name"]),
+            "" if each["bytes"] is None else f"{each['bytes']:,}",
+            _time_text(speed) if isinstance(speed, dict) else "",
+            drop,
+            "yes" if each["front"] else "",
+            f"{each['outcome']}: {each['reason']}" if each["reason"] else str(each["outcome"]),
+        )
+    samples = evidence["samples"]
+    assert isinstance(samples, dict)
+    head = (
+        f"{evidence['target']}, by {evidence['objective']}: {samples['selection']} samples chose, "
+        f"{samples['gate']} others gate"
+    )
+    return "\n".join([head, _text(table)])
+
+
+def techniques_page(rows: Sequence[TechniqueRow], baseline_bytes: int) -> str:
+    """`compare-techniques`."""
+    table = _table(
+        *("technique", "bytes", "smaller", "value", "drop, interval", "corrupted", "time", "built in"),
+        "passes",
+    )
+    for row in rows:
+        verdict = row.verdict
+        drop = value = ""
+        if verdict is not None and verdict.drop is not None and verdict.interval is not None:
+            share = verdict.is_share
+            low, high = (_points(end, share) for end in verdict.interval)
+            value, drop = _number(verdict.value, share), f"{_points(verdict.drop, share)} [{low}, {high}]"
+        corrupted = "" if row.robustness_drop is None or verdict is None else row.robustness_drop
+        table.add_row(
+            f"{row.name}{' (combined)' if row.combined else ''}",
+            "" if row.bytes is None else f"{row.bytes:,}",
+            "" if row.bytes is None else f"{baseline_bytes / row.bytes:.2f}x",
+            value,
+            drop,
+            _points(corrupted, verdict.is_share) if verdict is not None and isinstance(corrupted, float) else "",
+            "" if row.speed is None else f"{row.speed.ratio:.2f}x ({row.speed.verdict})",
+            "" if row.build_s is None else f"{row.build_s:.1f} s",
+            row.reason or " -> ".join(row.passes),
+        )
+    return _text(table)
 
 
 def _accuracy_cells(verdict: Mapping[str, Json] | None) -> tuple[str, str, str, str, str]:
@@ -154,14 +240,25 @@ def bundle_page(bundle: Bundle) -> str:
         f"  runtime   {m.runtime.name} {m.runtime.version}, {m.runtime.options}",
         f"  passes    {' -> '.join(each.name for each in m.passes)}",
         *_evidence(bundle),
-        f"  speed     {m.speed}",
+        f"  speed     {_speed_line(bundle)}",
         f"  health    {m.golden.samples} golden samples, at least {m.golden.min_sqnr_db:g} dB",
         "  files",
     ]
-    table = text_table("path", "bytes", "sha256")
+    table = _table("path", "bytes", "sha256")
     for path, entry in m.files.items():
         table.add_row(path, f"{entry.bytes:,}", entry.sha256[:16])
-    return "\n".join([*lines, table_text(table).rstrip()])
+    return "\n".join([*lines, _text(table).rstrip()])
+
+
+def _speed_line(bundle: Bundle) -> str:
+    speed = bundle.manifest.speed
+    if speed == "not measured":
+        return speed
+    interval = "" if speed.interval is None else f" [{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]"
+    return (
+        f"{speed.ratio:.3f} of fp32's time{interval}, {speed.verdict}: {speed.candidate_ms:.3f} ms against "
+        f"{speed.baseline_ms:.3f} on {speed.where}, in turns"
+    )
 
 
 def _evidence(bundle: Bundle) -> list[str]:
@@ -203,28 +300,64 @@ def bench_page(result: BenchmarkResult) -> str:
     else:
         for name, percentile in latency.percentiles.items():
             text = (
-                f"{percentile.value:.3f} ms [{percentile.low:.3f}, {percentile.high:.3f}]"
+                f"{ms_text(percentile.value)} ms [{ms_text(percentile.low)}, {ms_text(percentile.high)}]"
                 if percentile
                 else "too few samples to tell"
             )
-            lines.append(f"  {name:<9} {text}")
-        lines.append(
-            f"  mean      {latency.mean:.3f} ms, {len(result.measured.samples_ns) if result.measured else 0} samples"
-        )
-    if result.memory is not None:
-        lines.append(f"  memory    {result.memory.peak:.1f} MiB peak, of which inference {result.memory.inference:.1f}")
+            lines.append(f"  {name.replace('_', '.'):<9} {text}")
+        lines.append(f"  mean      {ms_text(latency.mean)} ms, {latency.count} samples")
+        lines += _measured_lines(result)
     lines += [f"  note      {note}" for note in result.notes]
     return "\n".join(lines)
 
 
-def text_table(*columns: str) -> Table:
+def _measured_lines(result: BenchmarkResult) -> list[str]:
+    """What a real device gives besides latency."""
+    lines, settings, rate = [], result.settings, result.throughput
+    if rate is not None:
+        interval = "too short for an interval" if rate.low is None else f"[{rate.low:.1f}, {rate.high:.1f}]"
+        lines.append(
+            f"  offline   {rate.per_s:.1f} samples/s {interval}, {settings.streams} streams of {settings.batch}"
+        )
+    lines.append(
+        f"  start     import {result.once('import_ms'):.1f} ms, load {result.once('load_ms'):.1f} ms, "
+        f"first inference {result.once('first_ms'):.1f} ms"
+    )
+    if len(result.repeats) > 1:
+        medians = ", ".join(ms_text(repeat.p50_ms) for repeat in result.repeats)
+        lines.append(f"  processes medians {medians} ms")
+    if result.memory is not None:
+        lines.append(f"  memory    {result.memory.peak:.1f} MiB peak, of which inference {result.memory.inference:.1f}")
+    energy = result.energy
+    if energy is None:
+        lines.append("  energy    not measurable here")
+    else:
+        text = f"{energy.joules_per_inference * 1e3:.3f} mJ an inference, {energy.watts:.2f} W ({energy.source})"
+        lines.append(f"  energy    {text}, all that the counter sees")
+    return lines
+
+
+def ms_text(value: float) -> str:
+    """Three decimals, more below a tenth of a millisecond."""
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.5f}"
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    return _text(table)
+
+
+def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
 
 
-def table_text(table: Table) -> str:
+def _text(table: Table) -> str:
     """As wide as it needs to be, so that a file or a pipe gets whole rows; no colour."""
     out = io.StringIO()
     Console(file=out, width=400, color_system=None).print(table)

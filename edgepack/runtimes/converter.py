@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgepack.errors import EdgepackError, InputError, StorageError, ToolchainError, UnsupportedError
+from edgepack.runtimes.npu_compiler import wine_fields
 from edgepack.store import Json
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT_S = 3600.0  # NNCF took 22 s for a ResNet50; an hour means that it hangs
 
-SCRIPT_OF = {"nncf": "openvino_convert.py", "tensorflow": "tensorflow_convert.py"}
+SCRIPT_OF = {
+    "nncf": "openvino_convert.py",
+    "openvino-npu": "openvino_npu.py",
+    "tensorflow": "tensorflow_convert.py",
+}
 """The script that speaks for each converter toolchain."""
+
+FOUND_HERE: dict[str, Callable[[], dict[str, Json]]] = {"openvino-npu": wine_fields}
+"""What a toolchain needs of this machine besides its wheels, as fields of every request."""
 
 ERROR_OF: dict[str | None, type[EdgepackError]] = {
     "unsupported": UnsupportedError,
@@ -30,7 +38,8 @@ def call_converter(
 ) -> dict[str, Json]:
     """The answer's result. Raises UnsupportedError, InputError, StorageError or ToolchainError as the script says."""
     script = SCRIPTS / SCRIPT_OF[toolchain]
-    line = json.dumps({**request, "lib": str(lib)})
+    here = FOUND_HERE[toolchain]() if toolchain in FOUND_HERE else {}
+    line = json.dumps({**request, **here, "lib": str(lib)})
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(script)],

@@ -3,6 +3,7 @@
     <cache>/environments/<digest of the wheels' hashes>/
         numpy/ onnxruntime/ ...      what the wheels hold
         bin/                         their *.data/scripts
+        windows/                     what Windows wheels hold, for programs that run in Wine
         edgepack-environment.json    which wheels, and size and sha256 of every file
 
 A program runs in one as `python -I -S` with this folder put first on sys.path: no site-packages, no
@@ -27,10 +28,12 @@ from pathlib import Path, PurePosixPath
 
 from edgepack.errors import StorageError, ToolchainError, VerificationError
 from edgepack.runtimes.wheels import Say, fetch, temporary_folder
-from edgepack.spec.toolchain import Wheel
+from edgepack.spec.toolchain import WINDOWS_TAG, Wheel
 from edgepack.store import digest_file, storage_errors
 
 MARKER = "edgepack-environment.json"
+WINDOWS = "windows"
+"""Folder of an environment. A release's Linux and Windows wheels hold different files of one name."""
 LIMIT_BYTES = 4 << 30  # unpacked, all wheels of one environment; NNCF's takes 0.4 GB
 
 # Binary distribution format, "The .data directory": where each of its folders goes. Without an installation
@@ -118,6 +121,8 @@ def damage(folder: Path, *, deep: bool = False) -> tuple[str, ...]:
 def unpack(paths: Sequence[Path], folder: Path) -> None:
     """Unpack wheels into the new folder `folder`, and write the marker that lists what is there.
 
+    Those for Windows go below `windows/`.
+
     Raises VerificationError for a file that is not a wheel, a name that leaves the folder, a link,
     or two wheels that hold different bytes under one name; StorageError.
     """
@@ -143,9 +148,10 @@ def unpack(paths: Sequence[Path], folder: Path) -> None:
 def _unpack_entry(
     archive: zipfile.ZipFile, entry: zipfile.ZipInfo, wheel: str, folder: Path, files: dict[str, list[str | int]]
 ) -> None:
-    where = _place(entry, wheel)
-    if entry.is_dir() or where is None:
+    inside = _place(entry, wheel)
+    if entry.is_dir() or inside is None:
         return
+    where = f"{WINDOWS}/{inside}" if wheel.endswith(f"-{WINDOWS_TAG}.whl") else inside
     out = folder / where
     if where not in files:
         out.parent.mkdir(parents=True, exist_ok=True)

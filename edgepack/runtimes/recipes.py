@@ -1,25 +1,51 @@
-"""What each runtime takes: the passes that lead to it, the options it runs with, and how it is judged here."""
+"""What each runtime takes: the recipes that lead to it, the options it runs with, and how it is judged here.
+
+A recipe is a list of passes with what they do differently from their own defaults. `proposals` gives those that a
+search may try on a target, the plain one first; which is best there, the search finds out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgepack.errors import UnsupportedError
-from edgepack.spec.target import Target
+from edgepack.runtimes.npu_compiler import WITHOUT
+from edgepack.spec.project import Objective
+from edgepack.spec.target import Dtype, Target
 from edgepack.store import Json
 
-Precision = Literal["int8", "fp32", "as-is"]
-"""`as-is`: whatever the model that was given has; for one that is quantised already."""
+Precision = Literal[
+    "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
+]
+"""What a model computes in; `-weights`: stored so, float32 arithmetic; `as-is`: what the model that was given has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One pass in a recipe."""
+
+    name: str
+    params: Mapping[str, Json] = field(default_factory=dict)
+    """Instead of what the pass takes from project and target."""
+    optional: bool = False
+    """Left out where the model has nothing for it."""
+
+    def to_json(self) -> dict[str, Json]:
+        return {"pass": self.name, "params": {**self.params}, "optional": self.optional}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How a model becomes one that a runtime runs on a target."""
 
+    name: str
+    """Of the candidate: `int8`, `int8-w4`, `half`."""
+    why: str
     runtime: str
     precision: Precision
-    passes: tuple[str, ...]
+    passes: tuple[Use, ...]
     model_format: Literal["onnx", "openvino-ir"]
     device_options: dict[str, Json]
     """Runtime options on the device; nothing is left to a default that a version may change."""
@@ -28,11 +54,14 @@ class Recipe:
     judged_on: str
     note: str | None = None
     """What the reader of a verdict must know."""
+    emulate_saturation: bool = False
+    """Judged by judge/saturation.py: sums of 8-bit products can pass 16 bits on the target, and may not do so here."""
 
-    @property
-    def is_judged(self) -> bool:
-        """Whether what ships may differ from the model that was given, so that the gate has something to say."""
-        return self.precision == "int8" or (self.precision == "as-is" and self.model_format != "onnx")
+    def with_params(self, pass_name: str, params: Mapping[str, Json]) -> tuple[Use, ...]:
+        """The passes, with more params for one of them."""
+        return tuple(
+            replace(use, params={**use.params, **params}) if use.name == pass_name else use for use in self.passes
+        )
 
 
 ONNXRUNTIME_OPTIONS: dict[str, Json] = {"allow_spinning": False, "arena": True}
@@ -40,6 +69,15 @@ ONNXRUNTIME_OPTIONS: dict[str, Json] = {"allow_spinning": False, "arena": True}
 
 OPENVINO_CPU: dict[str, Json] = {"device": "CPU", "precision": "f32"}
 """Pinned: left alone, OpenVINO computes in bf16 where the processor has it, and says nothing."""
+
+OPENVINO_HALVES: dict[Dtype, tuple[Precision, dict[str, Json]]] = {
+    "bfloat16": ("bf16", {"device": "CPU", "precision": "bf16"}),
+    "float16": ("fp16", {"device": "CPU", "precision": "f16"}),
+}
+"""By what a target says that its processor computes in (`numerics.dtypes`): only then, and never in the other's place.
+
+An f16 hint turns into bf16 on a processor with AVX512_BF16 alone; the runner reads the hint back and refuses that.
+"""
 
 OPENVINO_NPU: dict[str, Json] = {"device": "NPU", "precision": "f16"}
 """An NPU has no float32 arithmetic: what is not int8 runs in float16 there."""
@@ -49,17 +87,23 @@ NPU_NOTE = (
     "what is not int8 in float16"
 )
 
+SATURATION_NOTE = "judged by exact emulation of the target's 16-bit saturating sums (vpmaddubsw)"
 
-def recipe_for(target: Target, precision: Precision) -> Recipe:
-    """The recipe of the first runtime that the target accepts and that this version can build for.
+STATIC_ORDER: dict[Objective, tuple[str, ...]] = {
+    "latency": ("int8", "int8-percentile", "int8-mse", "int8-gptq", "int8-equalised", "int8-smooth"),
+    "balanced": ("int8", "int8-w4", "int8-w3", "int8-w2", "int8-percentile", "int8-mse", "int8-gptq", "int8-smooth"),
+    "size": ("int8-w4", "int8-w3", "int8-w2", "int8", "int8-percentile", "int8-gptq", "int8-mse", "int8-smooth"),
+}
+"""Static int8 in the order in which it is tried. Ranges: ADR 13. Equalisation is last, as it proved nothing there."""
 
-    Raises UnsupportedError where there is none.
-    """
+OTHER_ORDER = ("int8-dynamic", "weights-int4", "weights-int8", "half")
+
+
+def runtime_of(target: Target) -> str:
+    """The first runtime that the target accepts and that this version can build for. Raises UnsupportedError."""
     for runtime in target.runtimes:
-        if runtime == "onnxruntime":
-            return _onnxruntime(precision)
-        if runtime == "openvino":
-            return _openvino(target, precision)
+        if runtime in ("onnxruntime", "openvino"):
+            return runtime
     raise UnsupportedError(
         f"target {target.name}: this version of edgepack cannot build for its runtime yet "
         f"({', '.join(target.runtimes)}); onnxruntime has no wheel for {target.machine}: "
@@ -70,18 +114,112 @@ def recipe_for(target: Target, precision: Precision) -> Recipe:
     )
 
 
-_ONNX_PASSES: dict[Precision, tuple[str, ...]] = {
-    "int8": ("canonicalise", "quantise-static"),
-    "fp32": ("canonicalise",),
-    "as-is": ("keep",),
-}
+def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
+    """The fp32 model in the runtime that ships: what candidates are compared with. Raises UnsupportedError.
+
+    `npu_compiler`: whether this machine can compile for an NPU; if not, the bundle carries no blob, and says so.
+    """
+    if runtime_of(target) == "onnxruntime":
+        return _onnxruntime("fp32", "the model as it is", "fp32", ())
+    return _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
 
 
-def _onnxruntime(precision: Precision) -> Recipe:
+def as_is_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
+    """The model as it was given, for one that is quantised already. Raises UnsupportedError.
+
+    `npu_compiler` as of `baseline_recipe`.
+    """
+    base = baseline_recipe(target, npu_compiler=npu_compiler)
+    passes = (Use(name="keep"), *base.passes[1:])
+    return replace(base, name="as-is", why="the model as it was given", precision="as-is", passes=passes)
+
+
+def proposals(target: Target, objective: Objective, *, npu_compiler: bool = False) -> tuple[Recipe, ...]:
+    """What a search may try, in this order; sensitivity adds mixed precision later. Raises UnsupportedError.
+
+    `npu_compiler` as of `baseline_recipe`.
+    """
+    if runtime_of(target) == "openvino" and target.accelerator is None:
+        return _openvino_cpu(target)
+    if runtime_of(target) == "openvino":
+        why, nncf = "weights and activations in int8 (NNCF)", (Use(name="quantise-nncf"),)
+        return (_openvino(target, "int8", why, "int8", nncf, npu_compiler=npu_compiler),)
+    known = _static_recipes(target)
+    chosen = [known[name] for name in STATIC_ORDER[objective]]
+    if "openvino" in target.runtimes:
+        first, *others = _openvino_cpu(target)
+        chosen.insert(chosen.index(known["int8"]) + 1, first)
+        chosen += others if objective != "size" else []
+    if target.numerics.saturates:
+        chosen.append(_eight_bits_where_they_may_saturate(known["int8"]))
+    return (*chosen, *(_float_recipes()[name] for name in OTHER_ORDER))
+
+
+def _static_recipes(target: Target) -> dict[str, Recipe]:
+    bits = target.numerics.weight_bits
+    gptq = {width: Use(name="gptq", params={"bits": width}) for width in (2, 3, 4, bits)}
+    return {
+        "int8": _static("int8", "int8, ranges from smallest to largest value"),
+        "int8-percentile": _static("int8-percentile", "int8, ranges that cover 99.99 %", ranges="percentile"),
+        "int8-mse": _static("int8-mse", "int8, ranges of least squared error", ranges="mse"),
+        "int8-gptq": _static("int8-gptq", "int8, weights chosen by GPTQ, biases corrected", gptq[bits]),
+        "int8-equalised": _static("int8-equalised", "int8 after cross-layer equalisation", Use(name="equalise")),
+        "int8-smooth": _static("int8-smooth", "int8 after SmoothQuant", Use(name="smooth")),
+        "int8-w4": _static("int8-w4", "int8 arithmetic, weights of 4 bits by GPTQ", gptq[4]),
+        "int8-w3": _static("int8-w3", "int8 arithmetic, weights of 3 bits by GPTQ", gptq[3]),
+        "int8-w2": _static("int8-w2", "int8 arithmetic, weights of 2 bits by GPTQ", gptq[2]),
+    }
+
+
+def _static(name: str, why: str, *before: Use, ranges: str = "min-max") -> Recipe:
+    """Static int8; what it leaves in float is stored in int8."""
+    static = (Use(name="observe", params={"range": ranges}), Use(name="quantise-static"))
+    return _onnxruntime(name, why, "int8", (*before, *static, Use(name="weight-only", optional=True), NARROW))
+
+
+def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
+    passes = plain.with_params("quantise-static", {"weight_bits": 8})
+    why = "int8 with all 8 bits of weights, whose sums may saturate"
+    return replace(plain, name="int8-wide", why=why, passes=passes, note=SATURATION_NOTE, emulate_saturation=True)
+
+
+NARROW = Use(name="store-narrow")
+
+
+def _float_recipes() -> dict[str, Recipe]:
+    rest = Use(name="weight-only", optional=True)
+    return {
+        "int8-dynamic": _onnxruntime(
+            "int8-dynamic",
+            "large products in int8, activations quantised at every run",
+            "int8-dynamic",
+            (Use(name="quantise-dynamic"), rest, NARROW),
+        ),
+        "weights-int4": _onnxruntime(
+            "weights-int4",
+            "weights stored in 4 bits, float arithmetic",
+            "int4-weights",
+            (Use(name="weight-only-int4"), NARROW),
+        ),
+        "weights-int8": _onnxruntime(
+            "weights-int8",
+            "weights stored in 8 bits, float arithmetic",
+            "int8-weights",
+            (Use(name="weight-only"), NARROW),
+        ),
+        "half": _onnxruntime(
+            "half", "weights stored as float16, float arithmetic", "fp16-weights", (Use(name="half"), NARROW)
+        ),
+    }
+
+
+def _onnxruntime(name: str, why: str, precision: Precision, passes: tuple[Use, ...]) -> Recipe:
     return Recipe(
+        name=name,
+        why=why,
         runtime="onnxruntime",
         precision=precision,
-        passes=_ONNX_PASSES[precision],
+        passes=(Use(name="canonicalise"), *passes),
         model_format="onnx",
         device_options=ONNXRUNTIME_OPTIONS,
         judge_options=ONNXRUNTIME_OPTIONS,
@@ -89,16 +227,46 @@ def _onnxruntime(precision: Precision) -> Recipe:
     )
 
 
-def _openvino(target: Target, precision: Precision) -> Recipe:
+def _openvino_cpu(target: Target) -> tuple[Recipe, ...]:
+    """OpenVINO on the processor: int8 first, then what it computes in 16 bits, then float32."""
+    nncf = (Use(name="quantise-nncf"),)
+    int8 = _openvino(target, "openvino-int8", "int8 in OpenVINO (NNCF)", "int8", nncf, npu_compiler=False)
+    fp32 = _openvino(target, "openvino-fp32", "float32 in OpenVINO", "fp32", (), npu_compiler=False)
+    halves = [
+        replace(
+            fp32,
+            name=f"openvino-{precision}",
+            why=f"{dtype} arithmetic in OpenVINO",
+            precision=precision,
+            device_options=options,
+            judge_options=options,
+        )
+        for dtype, (precision, options) in OPENVINO_HALVES.items()
+        if dtype in target.numerics.dtypes
+    ]
+    return (int8, *halves, fp32)
+
+
+def _openvino(
+    target: Target,
+    name: str,
+    why: str,
+    precision: Precision,
+    passes: tuple[Use, ...],
+    *,
+    npu_compiler: bool,
+) -> Recipe:
     npu = target.accelerator is not None and target.accelerator.kind == "npu"
-    convert = ("keep" if precision == "as-is" else "canonicalise", "convert-openvino")
+    compiled = (Use(name="compile-npu"),) if npu and npu_compiler else ()
     return Recipe(
+        name=name,
+        why=why,
         runtime="openvino",
         precision=precision,
-        passes=(*convert, "quantise-nncf") if precision == "int8" else convert,
+        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled),
         model_format="openvino-ir",
         device_options=OPENVINO_NPU if npu else OPENVINO_CPU,
         judge_options=OPENVINO_CPU,
         judged_on="CPU plugin",
-        note=NPU_NOTE if npu else None,
+        note=None if not npu else NPU_NOTE if npu_compiler else f"{NPU_NOTE}; {WITHOUT}",
     )

@@ -82,6 +82,36 @@ class Gate(Spec):
     accept_unresolved: bool = False
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of the two-sided interval of the drop."""
+    max_robustness_drop: Annotated[float, Field(ge=0)] | None = None
+    """Most that the metric may lose against fp32 on corrupted samples, as a mean over [robustness]; None: not asked."""
+
+
+Objective = Literal["latency", "size", "balanced"]
+
+
+class Robustness(Spec):
+    """What `gate.max_robustness_drop` is measured under (docs/robustness.md)."""
+
+    corruptions: tuple[str, ...] | None = None
+    """By default all that suit the data."""
+    severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], Field(min_length=1)] = (1, 3, 5)
+    limit: Annotated[int, Field(gt=0)] | None = 1000
+    """Of the samples that gate."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 20231
+    kind: Literal["picture", "audio"] | None = None
+    """By default found out from the data."""
+
+
+class Search(Spec):
+    """How the best candidate is looked for."""
+
+    objective: Objective = "balanced"
+    """`balanced`: the least of size times time."""
+    evaluations: Annotated[int, Field(gt=0, le=10_000)] = 24
+    """Most candidates that are judged; 1 takes the plain one, and all evaluation data gates it."""
+    time_budget_s: Annotated[float, Field(gt=0)] | None = None
+    """No candidate is begun after it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class Budget(Spec):
@@ -110,6 +140,8 @@ class Project(Spec):
     preprocess: Preprocess | None = None
     metric: Metric = Metric()
     gate: Gate = Gate()
+    robustness: Robustness = Robustness()
+    search: Search = Search()
     budget: Budget = Budget()
 
     @field_validator("name")

@@ -19,6 +19,7 @@ from edgepack.spec.shipped import shipped_folder
 Machine = Literal["aarch64", "armv7l", "x86_64"]
 PythonVersion = Annotated[str, Field(pattern=r"^3\.\d+$")]
 GlibcVersion = Annotated[str, Field(pattern=r"^2\.\d+$")]
+WINDOWS_TAG = "win_amd64"
 
 # Binary distribution format, "File name convention": name-version[-build]-python-abi-platform.whl
 _WHEEL_NAME = re.compile(
@@ -71,6 +72,11 @@ class Wheel(Spec):
         python, abi, platform = (self._part(name).split(".") for name in ("python", "abi", "platform"))
         return tuple(python), tuple(abi), tuple(platform)
 
+    @property
+    def is_windows(self) -> bool:
+        """Whether it holds programs for Windows, which run here in Wine."""
+        return self.tags[2] == (WINDOWS_TAG,)
+
 
 class Pin(Spec):
     """The whole set of wheels that makes one release run on one machine with one Python."""
@@ -101,6 +107,8 @@ class Release(Spec):
     """Exact ones (PEP 508); markers are evaluated for the target's Python, never the host's."""
     without: tuple[str, ...] = ()
     """Declared dependencies that are not needed at import and use, normalised names."""
+    windows: tuple[str, ...] = ()
+    """Exact requirements whose win_amd64 wheel is taken too, without dependencies: for programs that run in Wine."""
     glibc: GlibcVersion
     """Of the oldest system it is meant for: wheels whose tags ask for a newer one are not taken."""
     platforms: Annotated[dict[Machine, tuple[PythonVersion, ...]], Field(min_length=1)]

@@ -334,10 +334,10 @@ def test_a_damaged_bundle_is_exit_code_8(project: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("limit", "where"),
-    [(300 << 10, "before/model.onnx"), (700 << 10, "feeds-"), (20 << 20, "dist/fashion-mnist-rpi4.edgepack")],
+    [(300 << 10, "before/model.onnx"), (20 << 20, "dist/fashion-mnist-rpi4.edgepack")],
 )
 def test_a_full_disk_is_said_so_and_leaves_no_half_bundle(whole: Path, tmp_path: Path, limit: int, where: str) -> None:
-    """The limit on a file's size stands in for it: at the user's model, at what the judge reads, at the bundle."""
+    """The limit on a file's size stands in for it: at the user's model, at the bundle."""
     folder = tmp_path / "project"
     shutil.copytree(whole, folder)
     pin = load_toolchain("onnxruntime").release_for("aarch64", "3.11", "2.36")
@@ -378,8 +378,13 @@ def test_a_really_full_disk_and_one_that_is_read_only(whole: Path, tmp_path: Pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("size_kib", [100, 700, 1700, 2600])
-@pytest.mark.parametrize("target", ["rpi4", "intel-npu"])
+@pytest.mark.parametrize(
+    ("target", "size_kib"),
+    [
+        *[("rpi4", size) for size in (100, 700, 1300, 1600)],  # the whole build takes about 1,800
+        *[("intel-npu", size) for size in (100, 700, 1700, 2600)],
+    ],
+)
 def test_a_full_cache_disk_is_said_so_whatever_is_written_when_it_fills_up(
     whole: Path, tmp_path: Path, target: str, size_kib: int
 ) -> None:

@@ -13,14 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgepack.bench.conditions import pinned_governor
+from edgepack.bench.conduct import Conduct
+from edgepack.bench.ready import make_ready
+from edgepack.bench.regression import keep
 from edgepack.bench.result import require_budgets
-from edgepack.bench.run import benchmark
+from edgepack.bench.run import benchmark, measure
 from edgepack.errors import DeviceError, GateMissedError, UnsupportedError
 from edgepack.store import digest_bytes, digest_file
 from edgepack.transports.base import Progress
 from edgepack.transports.local import LocalTransport
 from tests.support.runtime import expected, feeds, make_bundle
 from tests.support.sshd import running_sshd
+from tests.unit.test_bench_conditions import await_true
 
 QUICK: dict[str, Any] = {"runs": 40, "seconds": 0.7}
 
@@ -59,6 +64,12 @@ def test_a_bundle_is_installed_proved_and_timed_and_the_second_time_nothing_is_u
         "digest": digest_bytes(bundle.manifest_bytes),
         "name": "small",
         "target": "here",
+        "precision": "fp32",
+        "model_bytes": 1,
+        "metric": None,
+        "value": None,
+        "drop": None,
+        "is_share": None,
     }
     assert document["device"]["name"] == "local" and document["device"]["memory_mib"] > 100
     latency = document["latency_ms"]
@@ -181,6 +192,63 @@ def test_a_runner_that_is_killed_while_it_measures_gives_an_error_and_no_half_re
 
     with pytest.raises(DeviceError, match="signal"):
         benchmark(bundle, device, seconds=20.0, say=kill_soon)
+
+
+@pytest.mark.parametrize("programs", [True, False], ids=["the device crashes", "only the connection is cut"])
+def test_a_connection_cut_in_the_middle_of_a_run_leaves_no_result_and_nothing_running(
+    tmp_path: Path, programs: bool
+) -> None:
+    bundle, root, history = make_bundle(tmp_path / "bundle"), tmp_path / "device", tmp_path / "h.sqlite"
+    governor = tmp_path / "scaling_governor"
+    governor.write_text("ondemand\n")
+    with running_sshd(tmp_path / "sshd") as server:
+        server.trust("ed25519")
+        device = server.transport()
+        ready = make_ready(bundle, device, root=str(root))
+        cutter = threading.Timer(3.0, lambda: server.cut(programs=programs))
+        with (
+            pytest.raises(DeviceError, match=r"the connection dropped while .* ran"),
+            pinned_governor(ready, "performance", say=lambda _: None, files=(str(governor),)),
+        ):
+            assert governor.read_text().strip() == "performance"
+            cutter.start()
+            keep(history, measure(ready, Conduct(seconds=60.0, repeats=2)).to_json(), "bench")
+        cutter.join()
+        assert await_true(lambda: runners_below(root) == [])
+        if not programs:  # a crash takes the holder along, and with a reboot the kernel's own governor comes back
+            assert await_true(lambda: governor.read_text().strip() == "ondemand")
+        assert not history.exists()
+        again = measure(ready, Conduct(seconds=0.2, runs=20))  # the device is as good as before
+        assert again.latency_ms is not None
+        device.close()
+
+
+def runners_below(root: Path) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"{root}/blobs/".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_repeats_are_processes_of_their_own_and_their_samples_are_kept_together(tmp_path: Path) -> None:
+    bundle, device = make_bundle(tmp_path / "bundle"), Watched(tmp_path / "home")
+    result = benchmark(bundle, device, conduct=Conduct(runs=60, seconds=0.3, repeats=3))
+    document = result.to_json()
+    assert len(document["repeats"]) == 3 and all(run.fresh for run in result.runs)
+    assert sum(each["count"] for each in document["repeats"]) == document["samples"]["count"] >= 60
+    assert min(each["count"] for each in document["repeats"]) >= 20
+    assert document["memory_mib"] == max(each["memory_mib"] for each in document["repeats"])
+    assert document["throughput"] is None
+
+
+def test_offline_gives_a_throughput_of_all_streams(tmp_path: Path) -> None:
+    bundle, device = make_bundle(tmp_path / "bundle"), Watched(tmp_path / "home")
+    conduct = Conduct(runs=300, seconds=0.5, scenario="offline", streams=2)
+    document = benchmark(bundle, device, conduct=conduct).to_json()
+    assert document["settings"]["streams"] == 2 and document["throughput"]["per_s"] > 0
+    assert document["throughput"]["low"] <= document["throughput"]["high"]
 
 
 def newest_runner(home: Path) -> int:

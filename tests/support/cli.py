@@ -80,8 +80,13 @@ def share_runtimes(folder: Path) -> None:
         (folder / name).symlink_to(cache_folder() / name)
 
 
-def example(folder: Path, *, samples: int = 2000, changes: Mapping[str, str] | None = None) -> Path:
-    """A copy of the shipped example that judges on `samples` pictures; `changes` are text for text in edgepack.toml."""
+def example(
+    folder: Path, *, samples: int = 2000, evaluations: int = 1, changes: Mapping[str, str] | None = None
+) -> Path:
+    """A copy of the shipped example that judges on `samples` pictures; `changes` are text for text in edgepack.toml.
+
+    One evaluation, the plain recipe, is enough for what is not about the search.
+    """
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("dist", "*.lock", "*.py", "__pycache__"))
     path = folder / "edgepack.toml"
     text = path.read_text(encoding="utf-8")
@@ -89,5 +94,5 @@ def example(folder: Path, *, samples: int = 2000, changes: Mapping[str, str] | N
     for old, new in {line: f"{line}\nlimit = {samples}", **(changes or {})}.items():
         assert old in text, old
         text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"{text}\n[search]\nevaluations = {evaluations}\n", encoding="utf-8")
     return folder

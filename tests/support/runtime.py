@@ -136,6 +136,7 @@ def make_bundle(
             "files": {"model": "model/model.onnx"},
             "format": "onnx",
             "precision": "fp32",
+            "candidate": "fp32",
             "source_sha256": "0" * 64,
             "source_bytes": 1,
             "inputs": [{"name": "x", "dtype": "float32", "shape": [1, WIDTH]}],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgepack.bench.machine import Contact, check_machine, make_contact, pci_ids, read_machine
+from edgepack.bench.machine import PROBE_COMMANDS, Contact, check_machine, make_contact, pci_ids, read_machine
 from edgepack.bundle.bundle import Bundle
 from edgepack.errors import DeviceError, UnsupportedError
 from edgepack.protocol import CommandOutput, Probe
@@ -169,3 +170,37 @@ def test_the_pci_ids_of_accelerators_are_read_from_sys() -> None:
         "/proc/meminfo": "MemTotal: 1 kB",
     }
     assert pci_ids(files) == ("8086:7d1d",)
+
+
+NPU_FILES: dict[str, str | None] = {
+    "/sys/class/accel/accel0/device/vendor": "0x8086\n",
+    "/sys/class/accel/accel0/device/device": "0x643e\n",
+    "/sys/module/intel_vpu/version": "1.0.0\n",
+    "/sys/kernel/debug/accel/*/fw_name": None,
+}
+DPKG = "intel-fw-npu 1.28.0.20251218\nintel-level-zero-npu 1.28.0.20251218\n"
+
+
+def test_an_npus_driver_and_firmware_are_read(tmp_path: Path) -> None:
+    debug = "/sys/kernel/debug/accel/0000:00:0b.0"
+    firmware: dict[str, str | None] = {
+        f"{debug}/fw_name": "intel/vpu/vpu_40xx_v1.bin\n",
+        f"{debug}/fw_version": "dec\n",
+    }
+    seen = probe({**NPU_FILES, **firmware})
+    npu = read_machine(device(tmp_path), CONTACT, seen).npu
+    assert npu is not None
+    assert (npu.kernel_driver, npu.firmware) == ("1.0.0", "intel/vpu/vpu_40xx_v1.bin dec")
+    assert npu.packages == {}
+
+
+def test_without_root_the_firmware_is_its_packages_version(tmp_path: Path) -> None:
+    listed = CommandOutput(exit_code=1, stdout=DPKG, stderr="dpkg-query: no packages found matching ...")
+    seen = replace(probe(NPU_FILES), commands={" ".join(PROBE_COMMANDS[-1]): listed})
+    npu = read_machine(device(tmp_path), CONTACT, seen).npu
+    assert npu is not None and npu.firmware == "1.28.0.20251218"
+    assert set(npu.packages) == {"intel-fw-npu", "intel-level-zero-npu"}
+
+
+def test_a_device_without_an_accelerator_has_no_npu(tmp_path: Path) -> None:
+    assert read_machine(device(tmp_path), CONTACT, probe({"/proc/cpuinfo": PI_4})).npu is None

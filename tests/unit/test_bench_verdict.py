@@ -99,6 +99,7 @@ def test_two_kinds_of_runs_are_marked_and_one_kind_with_a_tail_is_not() -> None:
         ({"frequencies_mhz": (1500.0, 600.0)}, "frequency", "suspect"),
         ({"temperatures_c": (60.0, 82.0)}, "hot", "suspect"),
         ({"memory_stalled_share": 0.2}, "memory-pressure", "suspect"),
+        ({"major_faults": 40}, "page-faults", "suspect"),
         ({"clock_step_ms": -3600e3}, "clock-step", "suspect"),
         ({"clock_drift_ppm": 5000.0}, "clock-drift", "suspect"),
     ],
@@ -106,6 +107,18 @@ def test_two_kinds_of_runs_are_marked_and_one_kind_with_a_tail_is_not() -> None:
 def test_a_disturbance_is_named(change: dict[str, object], rule: str, severity: str) -> None:
     verdict = verdict_on(times(), replace(QUIET, **change))  # type: ignore[arg-type]
     assert rules(verdict) == {rule: severity} and verdict.kind == severity
+
+
+def test_a_warm_up_that_gave_up_and_processes_that_differ_are_marked() -> None:
+    samples = [int(ns) for ns in times()]
+    for medians, steady, expected in (
+        ([2.0e6, 2.05e6], True, {}),
+        ([2.0e6, 2.2e6], True, {"reruns": "suspect"}),
+        ([2.0e6], False, {"warm-up": "suspect"}),
+        ([2.0e6], None, {}),
+    ):
+        verdict = judge(samples, QUIET, wanted_runs=100, on_cpu=True, medians_ns=medians, steady=steady)
+        assert rules(verdict) == expected
 
 
 def test_a_model_on_an_accelerator_may_leave_the_processor_idle() -> None:
@@ -123,6 +136,7 @@ def test_what_cannot_be_read_is_listed_and_not_taken_for_quiet() -> None:
         "load by others",
         "steal",
         "context switches",
+        "page faults",
         "memory pressure",
         "power source",
     )
@@ -151,6 +165,27 @@ def test_processor_time_is_split_into_ours_that_of_others_and_that_stolen() -> N
     assert found.preemptions_per_s == pytest.approx(70)
     assert found.memory_stalled_share == 0.0
     assert found.load_before == 0.4
+    assert (found.major_faults, found.minor_faults_per_s) == (0, 0.0)
+
+
+def test_what_happens_between_two_processes_is_in_neither() -> None:
+    def run(start: float, user: int, own: int) -> list[EnvironmentSample]:
+        before, after = proc(user, 0, 0, 0, 0), proc(user + 120, 80, 0, own, 20)
+        return [sample(start - 9, before), sample(start, before), sample(start + 1, after)]
+
+    found = read_environment(run(0, 1000, 100), run(50, 9000, 60))  # 80 s of one processor passed in between
+    assert found.duration_s == pytest.approx(2)
+    assert found.own_cpus == pytest.approx(0.8)
+    assert found.others_cpus == pytest.approx(0.4)
+    assert found.preemptions_per_s == pytest.approx(20)
+
+
+def test_page_faults_are_those_of_the_run() -> None:
+    def stat(minor: int, major: int) -> dict[str, str | None]:
+        return {"/proc/self/stat": f"7 (a b) R 1 1 1 0 -1 4194304 {minor} 9 {major} 9 50 0 0 0 20 0 1 0\n"}
+
+    found = seen(sample(0, stat(1000, 5)), sample(2, stat(1500, 12)))
+    assert (found.major_faults, found.minor_faults_per_s) == (7, 250.0)
 
 
 def test_a_run_too_short_for_the_kernels_ticks_has_no_shares() -> None:

@@ -9,12 +9,14 @@ import pytest
 
 from edgepack.build.planner import PlanFacts, make_plan
 from edgepack.errors import UnsupportedError
+from edgepack.runtimes.recipes import proposals
 from edgepack.spec.load import check
-from edgepack.spec.project import Project
+from edgepack.spec.project import Objective, Project
 from edgepack.spec.target import load_target, targets
 from edgepack.store import Json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+OBJECTIVES: tuple[Objective, ...] = ("latency", "size", "balanced")
 NAMES = [target.name for target in targets()]
 
 PROJECT = check(
@@ -35,25 +37,50 @@ FACTS = PlanFacts(
     calibration="c" * 64,
     evaluation="e" * 64,
     libraries={"onnx": "1", "onnxslim": "1", "numpy": "1"},
-    toolchains={"nncf": "t" * 64},
+    toolchains={"nncf": "t" * 64, "openvino-npu": "n" * 64},
     runtime_version="1",
     runtime_wheels="w" * 64,
 )
 
 
 def plan_of(name: str, *, project: Project = PROJECT, facts: PlanFacts = FACTS) -> dict[str, Json]:
-    """The plan as a document, or why there is none."""
+    """The plan of the first proposal as a document, or why there is none."""
+    plans = plans_of(name, project=project, facts=facts)
+    return plans[0] if plans else {"unsupported": why_not(name)}
+
+
+def plans_of(
+    name: str, *, objective: Objective = "balanced", project: Project = PROJECT, facts: PlanFacts = FACTS
+) -> list[dict[str, Json]]:
     target = load_target(name)
     try:
-        return make_plan(project, target, target.os_named(), "int8", facts).to_json()
-    except UnsupportedError as error:
-        return {"unsupported": str(error)}
+        recipes = proposals(target, objective, npu_compiler=True)
+    except UnsupportedError:
+        return []
+    return [make_plan(project, target, target.os_named(), recipe, facts).to_json() for recipe in recipes]
+
+
+def why_not(name: str) -> str:
+    with pytest.raises(UnsupportedError) as refused:
+        proposals(load_target(name), "balanced")
+    return str(refused.value)
+
+
+def document(name: str) -> dict[str, Json]:
+    """Every plan that a search may make for the target, and the order in which each objective tries them."""
+    if not plans_of(name):
+        return plan_of(name)
+    orders: dict[str, Json] = {
+        objective: [plan["candidate"] for plan in plans_of(name, objective=objective)] for objective in OBJECTIVES
+    }
+    plans = {str(plan["candidate"]): plan for o in OBJECTIVES for plan in plans_of(name, objective=o)}
+    return {"orders": orders, "plans": {**plans}}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plan_is_the_golden_one(name: str, request: pytest.FixtureRequest) -> None:
     path = GOLDEN / f"{name}.json"
-    found = json.dumps(plan_of(name), indent=1, sort_keys=True) + "\n"
+    found = json.dumps(document(name), indent=1, sort_keys=True) + "\n"
     if request.config.getoption("--rewrite-golden"):
         path.write_text(found, encoding="utf-8")
     assert found == path.read_text(encoding="utf-8"), "if that was meant: make golden"
@@ -77,6 +104,7 @@ def test_a_step_depends_on_what_it_takes_and_on_nothing_else() -> None:
     assert keys(plan_of("rpi4", project=other_gate)) == keys(plain)
     assert plan_of("rpi4", project=other_gate)["key"] != plain["key"]
     assert keys(plan_of("rpi5")) == keys(plain)  # the same numerics: shared steps
-    assert keys(plan_of("x86-avx2"))[0] == keys(plain)[0] and keys(plan_of("x86-avx2"))[1] != keys(plain)[1]
+    other = keys(plan_of("x86-avx2"))  # other numerics: what comes before them is shared
+    assert other[:2] == keys(plain)[:2] and other[2] != keys(plain)[2]
     for change in ({"model": "n" * 64}, {"calibration": "d" * 64}, {"libraries": {**FACTS.libraries, "onnx": "2"}}):
         assert keys(plan_of("rpi4", facts=replace(FACTS, **change)))[-1] != keys(plain)[-1]

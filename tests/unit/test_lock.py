@@ -35,13 +35,15 @@ def facts(verdict: Verdict) -> dict[str, Json]:
     return table
 
 
-def entry(plan: str = "p") -> Locked:
+def entry(search: str = "s") -> Locked:
     return Locked(
-        plan=plan,
+        search=search,
+        candidate={"name": "int8", "why": "", "base": "int8", "passes": []},
         model={"model.onnx": "a" * 64},
         golden="b" * 64,
         verdict=facts(VERDICT),
         judged_in="onnxruntime 1 on x86_64 (CPU)",
+        evidence={"schema": 1},
         bundle="c" * 64,
         bundle_bytes=7,
     )
@@ -71,8 +73,8 @@ def test_builds_at_once_lose_no_entry(tmp_path: Path) -> None:
     assert len(read_lock(path)) == 45
 
 
-DAMAGE = ["", "{", "[]", '{"schema": 1, "builds": {"rpi4": {"plan": "p"}}}', '{"schema": 9}', "[" * 100_000]
-DAMAGE += ['{"schema": true, "builds": {}}', '{"schema": 1.0, "builds": {}}', '{"schema": [1], "builds": {}}']
+DAMAGE = ["", "{", "[]", '{"schema": 2, "builds": {"rpi4": {"search": "s"}}}', '{"schema": 9}', "[" * 100_000]
+DAMAGE += ['{"schema": true, "builds": {}}', '{"schema": 2.0, "builds": {}}', '{"schema": [1], "builds": {}}']
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))

@@ -290,6 +290,49 @@ def test_ignored_types_stay_float32_and_are_counted(case: Case, tmp_path: Path) 
     assert case.quantised["ignored"] == {}
 
 
+def spectral_net(path: Path) -> Path:
+    """Magnitudes of a filter bank, of very different sizes, then a dense layer: as a speech model begins."""
+    rng = np.random.default_rng(9)
+    loud = np.exp(rng.uniform(-4, 1, (32, 1, 1)))  # one band is a hundred times as loud as another
+    weights: Arrays = {
+        "bank": (rng.normal(0, 1, (32, 1, 8)) * loud).astype(np.float32),
+        "two": np.array(2, np.float32),
+        "low": np.array([0, 0, 0], np.int64),
+        "mid": np.array([1, 16, 99], np.int64),
+        "from": np.array([0, 16, 0], np.int64),
+        "end": np.array([1, 32, 99], np.int64),
+        "dense": (rng.normal(0, 1, (8, 16, 1)) / loud[:16].reshape(1, 16, 1)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "bank"], ["bands"], name="bank", strides=[4]),
+        helper.make_node("Slice", ["bands", "low", "mid"], ["real"]),
+        helper.make_node("Slice", ["bands", "from", "end"], ["imaginary"]),
+        helper.make_node("Pow", ["real", "two"], ["rr"], name="rr"),
+        helper.make_node("Mul", ["imaginary", "imaginary"], ["ii"], name="ii"),
+        helper.make_node("Add", ["rr", "ii"], ["power"], name="power"),
+        helper.make_node("Sqrt", ["power"], ["magnitude"], name="magnitude"),
+        helper.make_node("Conv", ["magnitude", "dense"], ["y"], name="dense"),
+    ]
+    return make_model(path, nodes, [1, 1, 64], weights)
+
+
+def test_squares_and_what_is_taken_of_them_stay_in_float_and_are_named(lib: Path, tmp_path: Path) -> None:
+    net = spectral_net(tmp_path / "net.onnx")
+    x = np.random.default_rng(10).normal(0, 1, (32, 1, 1, 64)).astype(np.float32)
+    paths = [str(tmp_path / f"{i}.npz") for i in range(24)]
+    for path, sample in zip(paths, x, strict=False):
+        np.savez(path, x=sample)
+    converted = result({"verb": "convert", "lib": str(lib), "model": str(net), "output": str(tmp_path / "fp32")})
+    before = run_model(lib, converted["files"]["model"], {"x": x[24:]}, tmp_path)["y"]
+    quality = []
+    for keep in (False, True):
+        request = quantise_request(lib, converted["files"]["model"], paths, tmp_path / "int8", keep_squares=keep)
+        answer = result(request)
+        assert answer["kept"] == (["rr", "ii", "power", "magnitude"] if keep else [])
+        quality.append(sqnr_db(before, run_model(lib, answer["files"]["model"], {"x": x[24:]}, tmp_path)["y"]))
+    assert quality[1] > quality[0] + 3
+
+
 @pytest.mark.parametrize(("choice", "limit"), [("all", 64), ("none", 127)])
 def test_half_range_keeps_weights_within_seven_bits(case: Case, tmp_path: Path, choice: str, limit: int) -> None:
     answer = case.quantise(tmp_path, half_range_weights=choice)

@@ -30,7 +30,8 @@ def test_requests_are_numbered_and_hold_what_was_asked(tmp_path: Path) -> None:
 
     def serve(line: bytes) -> bytes:
         seen.append(json.loads(line))
-        return answer(line, {"count": 1, "elapsed_ns": [5]})
+        loaded = {"source": "model", "note": None, "driver": None}
+        return answer(line, {"count": 1, "elapsed_ns": [5], "loaded": loaded})
 
     with client(tmp_path, serve) as runner:
         runner.infer(MODEL, ["a"], ["b"], fetch=("y",))

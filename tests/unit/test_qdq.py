@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from edgepack.errors import UnsupportedError
 from edgepack.graph.load import serialise
 from edgepack.passes.affine import activation_scale
 from edgepack.passes.contract import PassContext
+from edgepack.passes.observe import Observe
 from edgepack.passes.qdq_plan import plan_qdq
 from edgepack.passes.qdq_rewrite import rewrite
 from edgepack.passes.quantise_static import QuantiseStatic
@@ -234,9 +236,11 @@ def apply(graph: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
         feed_files=lambda count: [],
         folder=folder / "out",
     )
-    params: dict[str, Json] = {"activation_dtype": "uint8", "weight_bits": 8, "range": "min-max"}
-    made = QuantiseStatic().apply({"model": folder / "in.onnx"}, params, context)
-    return onnx.load(made["model"])
+    params: dict[str, Json] = {"activation_dtype": "uint8", "weight_bits": 8, "float_nodes": []}
+    (folder / "observed").mkdir()
+    observing = dataclasses.replace(context, folder=folder / "observed")
+    observed = Observe().apply({"model": folder / "in.onnx"}, {"range": "min-max"}, observing)
+    return onnx.load(QuantiseStatic().apply(observed, params, context)["model"])
 
 
 def test_the_pass_gives_what_plan_and_rewrite_give(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ import pytest
 from onnx import helper
 
 from edgepack.errors import DeviceError
-from edgepack.protocol import RUNNER_PATH, BenchOrder, ModelRef, RunnerClient, RunnerError
+from edgepack.graph.npz import npz_bytes
+from edgepack.judge.kernels import downgrades
+from edgepack.protocol import RUNNER_PATH, BenchOrder, Loaded, ModelRef, RunnerClient, RunnerError, SteadyTest
 from tests.support import graphs
+from tests.support.npu import export_blob, stand_in_for_an_npu
 from tests.support.runtime import expected, feeds, lib_folder, model_ref, save_ir, save_model, start_runner
 
 LINK = 0o120777 << 16
@@ -493,7 +498,99 @@ def test_bench_stops_when_its_time_is_up(runner: RunnerClient, tmp_path: Path) -
     assert 0.15e9 < run.starts_ns[-1] - run.starts_ns[0] < 1e9
 
 
+def test_warming_up_goes_on_until_the_times_are_steady_or_gives_up(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    model = model_ref(save_model(tmp_path / "m.onnx"))
+    lax = SteadyTest(block_ms=1.0, blocks=3, tolerance=1e6, max_seconds=20.0)
+    never = SteadyTest(block_ms=1.0, blocks=2, tolerance=0.0, max_seconds=0.05)
+    for steady, wanted in ((lax, True), (never, False), (None, None)):
+        order = BenchOrder(warmup=4, runs=5, seconds=0.0, max_seconds=5.0, steady=steady)
+        run = runner.bench(model, str(tmp_path / "in.npz"), order)
+        assert run.steady is wanted or (steady is never and run.steady)  # equal medians twice: steady indeed
+        assert len(run.warmup_ns) >= 4 and (steady is not None or len(run.warmup_ns) == 4)
+        assert steady is not lax or sum(run.warmup_ns) >= 3e6
+
+
+class Falling:
+    """A model whose times fall to a floor, as caches and branch predictors fill."""
+
+    def __init__(self, floor_ms: float, start_ms: float, half_life: int) -> None:
+        self.law, self.count = (floor_ms, start_ms, half_life), 0
+        self.times: list[float] = []
+
+    def run(self, feed: object) -> None:
+        floor, start, half_life = self.law
+        wanted = (floor + start * 0.5 ** (self.count / half_life)) / 1e3
+        self.count += 1
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < wanted:
+            pass
+        self.times.append(wanted)
+
+
+def test_warming_up_does_not_end_while_the_times_still_fall() -> None:
+    source = importlib.util.spec_from_file_location("edgepack_runner", RUNNER_PATH)
+    assert source is not None and source.loader is not None
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    model = Falling(floor_ms=1.0, start_ms=1.0, half_life=20)
+    times, steady = module.warm_up(model, [None], 0, (5_000_000, 5, 0.02, 20_000_000_000))
+    assert len(times) == model.count
+    # After 20 inferences half of the excess is left; within 2 % over five blocks there is hardly any.
+    assert not steady or model.times[-1] < 1.1e-3
+
+
+def test_streams_run_at_once_and_are_counted_together(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    order = BenchOrder(warmup=1, runs=50, seconds=0.3, max_seconds=20.0, streams=3)
+    run = runner.bench(model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz"), order)
+    assert len(run.samples_ns) == len(run.starts_ns) >= 50
+    assert list(run.starts_ns) == sorted(run.starts_ns)
+    with pytest.raises(RunnerError, match="'streams' is 0; expected 1 to 256"):
+        runner.bench(model_ref(tmp_path / "m.onnx"), str(tmp_path / "in.npz"), replace(order, streams=0))
+
+
+def test_processors_and_priority_are_those_asked_for_or_it_is_refused(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(1))  # type: ignore[arg-type]
+    model, inputs = model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz")
+    order = BenchOrder(warmup=0, runs=1, seconds=0.0, max_seconds=5.0)
+    here = runner.bench(model, inputs, order).cpus
+    last = replace(order, cpus=here[-1:], nice=7)
+    run = runner.bench(model, inputs, last)
+    assert (run.cpus, run.nice) == (here[-1:], 7)
+    for numbers, reason in (((4095,), "processors"), ((*here, 4095), "processors"), ((), "list of processor numbers")):
+        with pytest.raises(RunnerError, match=reason):
+            runner.bench(model, inputs, replace(order, cpus=numbers))
+
+
+def test_a_profile_names_every_operator_and_its_kernel(runner: RunnerClient, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(2))  # type: ignore[arg-type]
+    profile = runner.profile(model_ref(save_model(tmp_path / "m.onnx")), str(tmp_path / "in.npz"), 7)
+    assert profile.runs == len(profile.wall_ns) == 7
+    assert {each.op: (each.kernel, each.count) for each in profile.operators} == {
+        "MatMul": ("CPUExecutionProvider", 7),
+        "Relu": ("CPUExecutionProvider", 7),
+    }
+    assert 0 < sum(each.ns for each in profile.operators) <= sum(profile.wall_ns)
+
+
+def test_the_runner_measures_its_own_overhead(runner: RunnerClient) -> None:
+    times = runner.self_check(500, ["/proc/stat"])
+    assert len(times.empty_ns) == 500 and min(times.empty_ns) >= 0
+    assert times.resolution_ns > 0 and len(times.sample_ns) == 10 and min(times.sample_ns) > 0
+    assert min(step for step in times.clock_ns if step > 0) == times.resolution_ns
+
+
 # --- OpenVINO ---
+
+
+def test_a_profile_of_openvino_names_the_kernels_that_ran(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", **feeds(1))  # type: ignore[arg-type]
+    model = model_ref(save_ir(tmp_path / "m.xml"), "openvino", {"device": "CPU", "precision": "f32"})
+    with start_runner(tmp_path) as running:
+        profile = running.profile(model, str(tmp_path / "in.npz"), 5)
+    assert profile.operators and all(each.kernel and 0 < each.count <= 5 for each in profile.operators)
+    assert any(each.op == "MatMul" or "FullyConnected" in each.op for each in profile.operators)
 
 
 def test_openvino_runs_ir_under_any_name_of_a_tensor_at_the_precision_asked_for(
@@ -519,3 +616,107 @@ def test_openvino_never_takes_another_device_or_precision(
 ) -> None:
     with pytest.raises(RunnerError, match=message):
         runner.infer(model_ref(save_ir(tmp_path / "m.xml"), "openvino", options), [], [])
+
+
+# --- an NPU's blob ---
+
+
+def npu_model(folder: Path, *, refusal: str = "", compiles: bool = True) -> ModelRef:
+    """A model with a blob, in an OpenVINO whose NPU is the processor."""
+    model = save_ir(folder / "m.xml")
+    files = {"model": str(model), "weights": str(model.with_suffix(".bin"))}
+    files["blob"] = str(export_blob(model, lib_folder("openvino")))
+    lib = stand_in_for_an_npu(folder / "lib", lib_folder("openvino"), refusal=refusal, compiles=compiles)
+    return ModelRef(runtime="openvino", lib=lib, files=files, options={"device": "NPU"})
+
+
+def healthy(runner: RunnerClient, model: ModelRef, folder: Path) -> Loaded:
+    inputs = feeds(2)
+    np.savez(folder / "in.npz", **inputs)  # type: ignore[arg-type]
+    (folder / "out.npz").write_bytes(npz_bytes(expected(inputs)))
+    health = runner.health(model, str(folder / "in.npz"), str(folder / "out.npz"), 80)
+    assert health.passed
+    return health.loaded
+
+
+def test_an_npu_imports_the_blob_and_says_so(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, compiles=False)  # so that nothing but the blob can have run
+    assert healthy(runner, model, tmp_path) == Loaded(source="blob", note=None, driver="1717171717")
+
+
+def test_a_refused_blob_leads_to_the_model_and_the_result_says_so(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, refusal="its ELF is newer than the driver")
+    loaded = healthy(runner, model, tmp_path)
+    assert loaded.source == "model"
+    assert loaded.note == "the blob was refused, so the model was compiled here: its ELF is newer than the driver"
+    order = BenchOrder(warmup=1, runs=2, seconds=0.01, max_seconds=5)
+    with start_runner(tmp_path) as another:
+        measured = another.bench(model, str(tmp_path / "in.npz"), order)
+    assert measured.loaded.source == "model" and measured.loaded.note is not None
+
+
+def test_where_blob_and_model_both_fail_both_reasons_are_told(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, refusal="too new", compiles=False)
+    with pytest.raises(RunnerError, match=r"too new; which failed as well: .*") as error:
+        runner.infer(model, [], [])
+    assert failure_of(error) == "runtime"
+
+
+def test_the_processor_ignores_a_blob_which_is_for_an_npu(runner: RunnerClient, tmp_path: Path) -> None:
+    model = npu_model(tmp_path, refusal="never asked")
+    on_cpu = ModelRef(runtime="openvino", lib=lib_folder("openvino"), files=model.files)
+    assert healthy(runner, on_cpu, tmp_path) == Loaded(source="model", note=None, driver=None)
+
+
+# --- kernels ---
+
+
+def test_onnxruntime_does_not_name_its_kernels(runner: RunnerClient, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match="only openvino") as error:
+        runner.kernels(model_ref(save_model(tmp_path / "m.onnx")))
+    assert failure_of(error) == "bad-request"
+
+
+def test_openvino_names_the_kernel_of_each_node_and_the_layers_that_it_stands_for(
+    runner: RunnerClient, tmp_path: Path
+) -> None:
+    found = runner.kernels(model_ref(save_ir(tmp_path / "m.xml"), "openvino"))
+    assert found.quantised == ()
+    (node,) = [node for node in found.nodes if node.type in ("FullyConnected", "MatMul")]
+    assert node.precision == "f32" and node.kernel.endswith("f32")
+    assert "file" in node.layers  # the Relu, fused into it, gives the output
+
+
+# A convolution whose activations are quantised with one range a tensor, or one a channel.
+QUANTISED_IR = """
+import sys
+lib, path, ranges = sys.argv[1:]
+sys.path.insert(0, lib)
+import numpy as np, openvino as ov
+from openvino import opset15 as o
+rng = np.random.default_rng(3)
+x = o.parameter([1, 4, 16, 16], name="x")
+high = np.full((1, 4, 1, 1), 3.0, np.float32) if ranges == "tensor" else np.float32([1, 2, 4, 8]).reshape(1, 4, 1, 1)
+high = high[:, :1] if ranges == "tensor" else high
+act = o.fake_quantize(x, -high, high, -high, high, 256)
+weights = o.constant(rng.integers(-127, 128, (16, 4, 3, 3)).astype(np.int8))
+scaled = o.multiply(o.convert(weights, "f32"), o.constant(np.full((16, 1, 1, 1), 0.01, np.float32)))
+conv = o.convolution(act, scaled, [1, 1], [1, 1], [1, 1], [1, 1], name="conv")
+conv.set_friendly_name("conv")
+ov.save_model(ov.Model([o.result(o.relu(conv))], [x], "one"), path, compress_to_fp16=False)
+"""
+
+
+@pytest.mark.parametrize(("ranges", "downgraded"), [("tensor", 0), ("channel", 1)])
+def test_a_quantised_product_that_openvino_computes_in_float_is_found(
+    runner: RunnerClient, tmp_path: Path, ranges: str, downgraded: int
+) -> None:
+    """Ranges by channel cannot be taken out of the sum over channels, so no integer kernel is used."""
+    path = tmp_path / "q.xml"
+    argv = [sys.executable, "-I", "-S", "-c", QUANTISED_IR, lib_folder("openvino"), str(path), ranges]
+    subprocess.run(argv, check=True, timeout=60)
+    found = runner.kernels(model_ref(path, "openvino"))
+    assert [(each.name, each.type) for each in found.quantised] == [("conv", "Convolution")]
+    lines = [str(each) for each in downgrades(found)]
+    assert len(lines) == downgraded
+    assert all(line.startswith("Convolution conv: planned in int8, runs in f32 (") for line in lines)

@@ -63,7 +63,7 @@ def tiny(tmp_path: Path, text: str = HEAD) -> Path:
 
 def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise() -> None:
     found = toolchains()
-    assert [each.name for each in found] == ["nncf", "onnxruntime", "openvino"]
+    assert [each.name for each in found] == ["nncf", "onnxruntime", "openvino-npu", "openvino"]
     for toolchain in found:
         promised = {
             (release.version, machine, python)
@@ -78,7 +78,7 @@ def test_every_pin_of_a_runtime_holds_that_release_and_one_numpy_and_no_more() -
     for toolchain in toolchains():
         for pin in toolchain.pin:
             names = {wheel.name: wheel.version for wheel in pin.wheels}
-            assert names[toolchain.name] == pin.release
+            assert names[{"openvino-npu": "openvino"}.get(toolchain.name, toolchain.name)] == pin.release
             if toolchain.role == "runtime":
                 assert set(names) == {toolchain.name, "numpy"}
 
@@ -88,7 +88,9 @@ def test_wheels_are_of_the_machine_and_python_that_they_are_pinned_for() -> None
         for pin in toolchain.pin:
             for wheel in pin.wheels:
                 python, abi, platform = wheel.tags
-                if platform != ("any",):
+                if wheel.is_windows:
+                    assert toolchain.role == "converter"
+                elif platform != ("any",):
                     assert all(tag.endswith(f"_{pin.machine}") for tag in platform), wheel.file
                     assert wheel.glibc is not None
                 if abi[0].startswith("cp3"):
@@ -108,6 +110,13 @@ def test_nncf_converts_with_the_openvino_that_is_shipped() -> None:
     shipped = load_toolchain("openvino").release[0].version
     for pin in load_toolchain("nncf").pin:
         assert {wheel.version for wheel in pin.wheels if wheel.name == "openvino"} == {shipped}
+
+
+def test_a_blob_is_compiled_by_the_openvino_that_is_shipped() -> None:
+    shipped = load_toolchain("openvino").release[0].version
+    for pin in load_toolchain("openvino-npu").pin:
+        found = sorted((wheel.is_windows, wheel.version) for wheel in pin.wheels if wheel.name == "openvino")
+        assert found == [(False, shipped), (True, shipped)]
 
 
 def test_nothing_that_sends_usage_figures_is_pinned() -> None:
@@ -181,6 +190,22 @@ def test_what_pip_left_out_by_the_hosts_markers_is_an_error_not_a_gap(update: Mo
     old = item("old-2-py3-none-any.whl", C)
     with pytest.raises(ToolchainError, match=r"Python 3\.9: needs backport.*add it to the requirements"):
         update.chosen({"install": [DEP, TINY, old]}, release, "x86_64", "3.9")
+
+
+def test_windows_wheels_are_pinned_beside_those_of_the_machine(
+    update: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = HEAD.replace('["3.9", "3.11"]', '["3.11"]').replace("without =", 'windows = ["tiny==1.0"]\nwithout =')
+    monkeypatch.setattr(update, "pip_report", lambda *_: {"install": [DEP, TINY]})
+    windows = item("tiny-1.0-cp311-cp311-win_amd64.whl", C, "dep>=1")
+    reports = {"3.11": {"install": [windows]}}
+    monkeypatch.setattr(update, "windows_report", lambda _, python: reports[python])
+    choices = update.choose_all(load_toolchain(str(tiny(tmp_path, text))))
+    assert choices["1.0", "x86_64", "3.11"] == {
+        "Tiny-1.0-cp311-cp311-manylinux_2_28_x86_64.whl": A,
+        "dep-1.2-py3-none-any.whl": B,
+        "tiny-1.0-cp311-cp311-win_amd64.whl": C,
+    }
 
 
 def test_platform_tags_stop_at_the_targets_glibc_and_know_their_older_names(update: ModuleType) -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepack.bench.signed_rank import ratio_estimate, ratio_interval, signed_rank
 from edgepack.bench.versus import LOOKS, Contestant, SpeedRatio, VersusOrder, compare_on, compare_speed, decide
 from edgepack.errors import InputError, UnsupportedError
-from edgepack.protocol import RUNNER_PATH, BenchOrder, EnvironmentSample, Measured, ModelRef
+from edgepack.protocol import RUNNER_PATH, BenchOrder, EnvironmentSample, Loaded, Measured, ModelRef
 from edgepack.transports.local import LocalTransport
 from tests.support.runtime import lib_folder, model_ref
 
@@ -63,10 +63,10 @@ class FakeMachine:
         return measured(samples, (before, before, self._environment()), self.load_ns)
 
     def _environment(self) -> EnvironmentSample:
-        count, ns = len(self.blocks), int(self.seconds * 1e9)
+        count, ns = self._ticks // 10, int(self.seconds * 1e9)
         steal, foreign = self.steal_per_block * count, self.foreign_per_block * count
         stat = f"cpu {self._ticks + foreign} 0 0 {self._ticks} 0 0 0 {steal} 0 0\n"
-        own = f"7 (python3) S {'0 ' * 10}{self._ticks // 2} 0 0"
+        own = f"7 (python3) S {'0 ' * 10}{self._ticks} 0 0"
         files = {"/proc/stat": stat, "/proc/self/stat": own}
         return EnvironmentSample(t_ns=ns, wall_ns=10**18 + ns, raw_ns=ns, files=files, commands={})
 
@@ -75,6 +75,7 @@ def measured(
     samples_ns: Sequence[int], environment: tuple[EnvironmentSample, ...], load_ns: int = 3_000_000
 ) -> Measured:
     return Measured(
+        loaded=Loaded(source="model", note=None, driver=None),
         fresh=False,
         import_ns=0,
         load_ns=load_ns,

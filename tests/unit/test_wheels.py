@@ -242,6 +242,19 @@ def test_the_folders_of_a_wheels_data_go_where_they_belong(tmp_path: Path) -> No
     assert os.access(tmp_path / "out" / "bin" / "d", os.X_OK)
 
 
+def test_wheels_for_windows_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    """A release's Linux and Windows wheels hold different bytes under one name."""
+    paths = [tmp_path / f"tiny-1.0-cp311-cp311-{tag}.whl" for tag in ("manylinux_2_28_x86_64", "win_amd64")]
+    for path in paths:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("tiny/libs.txt", path.name)
+            archive.writestr("tiny-1.0.data/purelib/tiny/b.py", path.name)
+    env.unpack(paths, tmp_path / "out")
+    files = json.loads((tmp_path / "out" / env.MARKER).read_text())["files"]
+    assert sorted(files) == ["tiny/b.py", "tiny/libs.txt", "windows/tiny/b.py", "windows/tiny/libs.txt"]
+    assert (tmp_path / "out" / "windows" / "tiny" / "libs.txt").read_text() == paths[1].name
+
+
 @pytest.mark.parametrize(
     "name",
     [
