@@ -16,6 +16,8 @@ import pytest
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import serialise
 from edgepack.passes.contract import Activations, Pass, PassContext
+from edgepack.passes.observe import Observe
+from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.runtimes.environment import environment, host_python
 from edgepack.spec.project import Project
 from edgepack.spec.target import load_target
@@ -87,16 +89,39 @@ def apply(
     activations: Activations | None = None,
 ) -> onnx.ModelProto:
     """What the pass makes of the graph; calibration runs in onnx's reference unless `activations` are given."""
-    work = folder / f"pass-{len(list(folder.glob('pass-*')))}"
-    (work / "out").mkdir(parents=True)
+    (work,) = _folders(folder, 1)
     (work / "in.onnx").write_bytes(serialise(graph))
-    context = PassContext(
+    context = _context(work, graph, activations)
+    return onnx.load(each.apply({"model": work / "in.onnx"}, params, context)["model"])
+
+
+def static_int8(
+    graph: onnx.ModelProto, folder: Path, target: str, activations: Activations | None = None
+) -> onnx.ModelProto:
+    """The graph in static int8 for a shipped target, as the plain recipe makes it."""
+    first, second = _folders(folder, 2)
+    (first / "in.onnx").write_bytes(serialise(graph))
+    files = {"model": first / "in.onnx"}
+    for each, work in ((Observe(), first), (QuantiseStatic(), second)):
+        files = each.apply(files, params_on(each, target), _context(work, graph, activations))
+    return onnx.load(files["model"])
+
+
+def _folders(folder: Path, count: int) -> list[Path]:
+    """Empty ones that were not there, each with `out` in it."""
+    made = [folder / f"pass-{len(list(folder.glob('pass-*'))) + place}" for place in range(count)]
+    for each in made:
+        (each / "out").mkdir(parents=True)
+    return made
+
+
+def _context(work: Path, graph: onnx.ModelProto, activations: Activations | None) -> PassContext:
+    return PassContext(
         activations=activations or graphs.activations(graphs.samples(graph, 4)),
         tool=lambda request: {},
         feed_files=lambda count: [],
         folder=work / "out",
     )
-    return onnx.load(each.apply({"model": work / "in.onnx"}, params, context)["model"])
 
 
 def params_on(each: Pass, target: str) -> dict[str, Json]:

@@ -17,13 +17,12 @@ from edgepack.graph.load import MIN_OPSET, read_model
 from edgepack.passes.canonicalise import Canonicalise, quantised_operators, refuse_quantised
 from edgepack.passes.contract import opset_of
 from edgepack.passes.keep import Keep
-from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.passes.same_function import relative_error
 from edgepack.spec.target import load_target
 from edgepack.store import Json
 from tests.support import graphs
 from tests.support.graphs import Array, value
-from tests.support.passes import apply, in_onnxruntime, params_on, runtime_activations
+from tests.support.passes import apply, in_onnxruntime, runtime_activations, static_int8
 
 node = helper.make_node
 SIZES: dict[str, Json] = {"dimensions": {}}
@@ -62,7 +61,7 @@ def test_a_model_of_every_opset_becomes_one_that_can_be_quantised(opset: int, tm
     activations = runtime_activations(feeds, tmp_path)  # onnx's reference has no old BatchNormalization
     made = apply(Canonicalise(), graph, tmp_path, SIZES, activations)
     assert opset_of(made) >= 13
-    int8 = apply(QuantiseStatic(), made, tmp_path, params_on(QuantiseStatic(), "rpi4"), activations)
+    int8 = static_int8(made, tmp_path, "rpi4", activations)
     assert quantised_operators(int8)
     expected, found = (in_onnxruntime(each, feeds[0], tmp_path)[0]["y"] for each in (graph, int8))
     assert np.abs(expected - found).max() < 0.05  # of a probability
@@ -89,7 +88,7 @@ def test_external_data_is_taken_in_and_goes_through_the_passes(tmp_path: Path) -
 
 
 def qdq(folder: Path) -> onnx.ModelProto:
-    return apply(QuantiseStatic(), graphs.residual(), folder, params_on(QuantiseStatic(), "rpi4"))
+    return static_int8(graphs.residual(), folder, "rpi4")
 
 
 def qoperator(_: Path) -> onnx.ModelProto:
@@ -178,7 +177,7 @@ def test_control_flow_is_kept_and_what_stands_around_it_is_quantised(
     feeds = graphs.samples(graph, 3)
     activations = runtime_activations(feeds, tmp_path)
     made = apply(Canonicalise(), graph, tmp_path, SIZES, activations)
-    int8 = apply(QuantiseStatic(), made, tmp_path, params_on(QuantiseStatic(), "rpi4"), activations)
+    int8 = static_int8(made, tmp_path, "rpi4", activations)
     assert kind in {each.op_type for each in int8.graph.node} and quantised_operators(int8)
     expected, found = (in_onnxruntime(each, feeds[0], tmp_path)[0]["y"] for each in (graph, int8))
     assert relative_error(expected, found) < 0.05

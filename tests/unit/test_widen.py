@@ -12,12 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepack.graph.shapes import inputs, outputs
 from edgepack.passes.canonicalise import Canonicalise
 from edgepack.passes.contract import PassDefect
-from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.passes.same_function import HALF_ERROR, relative_error
 from edgepack.passes.widen import is_half, widen
 from tests.support import graphs
 from tests.support.graphs import value
-from tests.support.passes import apply, in_onnxruntime, params_on, runtime_activations
+from tests.support.passes import apply, in_onnxruntime, runtime_activations, static_int8
 
 node = helper.make_node
 HALF = TensorProto.FLOAT16
@@ -92,7 +91,7 @@ def test_a_float16_model_goes_through_the_passes_to_int8(tmp_path: Path) -> None
     activations = runtime_activations(feeds, tmp_path)
     canonical = apply(Canonicalise(), graph, tmp_path, {"dimensions": {}}, activations)
     assert {t.data_type for t in canonical.graph.initializer} & {HALF} == set()
-    int8 = apply(QuantiseStatic(), canonical, tmp_path, params_on(QuantiseStatic(), "rpi4"), activations)
+    int8 = static_int8(canonical, tmp_path, "rpi4", activations)
     found, _ = in_onnxruntime(int8, feed(True), tmp_path)
     expected, _ = in_onnxruntime(graph, feed(True), tmp_path)
     assert found["y"].dtype == np.float16 and relative_error(expected["y"], found["y"]) < 0.05
