@@ -110,10 +110,10 @@ def build(
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     if device not in (None, "none", "local") and len(names) > 1:
         raise UsageError(f"--device {device}: judges one target; give one --target, not {len(names)}")
-    if as_is and (baseline or device is not None):
+    if as_is and (baseline or device is not None or explain or report_file is not None):
         raise UsageError(
-            "--as-is with --baseline or --device: a model that is packed as it is has no fp32 form to be compared "
-            "with; leave them out"
+            "--as-is: nothing is searched, and there is no fp32 form to be compared with; leave out --baseline, "
+            "--device, --explain and --report"
         )
     if report_file is not None:
         from edgepack.report.svg import require_plotting
