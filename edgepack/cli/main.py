@@ -9,9 +9,9 @@ import typer
 from edgepack import __version__
 from edgepack.cli import bench, build, bundle, check, device, export, history, init, targets, techniques
 
-EXIT_CODES = """Exit codes: 0 success, 1 several targets failed each for its own reason, 2 usage, 3 bad input,
-4 unsupported on this target or device, 5 gate or budget missed, 6 gate unresolved (too few samples), 7 device
-unreachable or failed, 8 verification failed, 9 cannot write here, 10 toolchain failed, 70 a defect of edgepack,
+EXIT_CODES = """Exit codes: 0 success, 1 several targets or devices failed, each for its own reason, 2 usage, 3 bad
+input, 4 unsupported on this target or device, 5 gate or budget missed, 6 gate unresolved (too few samples), 7 device
+unreachable, in use or failed, 8 verification failed, 9 cannot write here, 10 toolchain failed, 70 a defect of edgepack,
 130 interrupted, 141 the reader of the output has left."""
 
 app = typer.Typer(
