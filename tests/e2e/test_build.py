@@ -256,7 +256,7 @@ def test_a_model_that_is_quantised_already_is_refused_with_the_cure_and_packed_a
     assert refused.exit_code == 4 and "--as-is" in refused.document["failures"][0]["error"]
     assert list((project / "dist").iterdir()) == []
     (row,) = rows(build("--as-is", "--json"))
-    assert (row["precision"], row["passes"], row["metric"]) == ("as-is", ["keep"], None)
+    assert (row["precision"], row["passes"], row["metric"]) == ("as-is", ["keep", "code"], None)
     bundle = open_bundle(project / row["path"])
     bundle.verify()
     kept, given = onnx.load_from_string(bundle.model_content("model")), onnx.load(int8)
@@ -464,5 +464,5 @@ def test_an_npus_bundle_holds_ir_and_says_where_it_was_judged(made: Made, monkey
     assert manifest.accuracy is not None and manifest.accuracy.note is not None
     assert "no NPU has run this bundle" in manifest.accuracy.note
     assert "no blob" in manifest.accuracy.note and "apt-get install wine64" in manifest.accuracy.note
-    assert manifest.model.files == {"model": "model/model.xml", "weights": "model/model.bin"}
+    assert manifest.model.files == {"model": "model/model.xml.epf", "weights": "model/model.bin.epf"}
     assert manifest.runtime.options == {"device": "NPU", "precision": "f16"}
