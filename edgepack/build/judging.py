@@ -21,8 +21,11 @@ from edgepack.errors import InputError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.compare import Compared, Run, Watcher, compare
 from edgepack.judge.data_set import DataSet, Feed
+from edgepack.judge.drift import DriftMeter
+from edgepack.judge.drift_report import DriftReport
 from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop
 from edgepack.judge.kernels import evidence
+from edgepack.judge.metric import Label, Outputs
 from edgepack.judge.robustness import assess
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 from edgepack.store import Json, StepRecord, canonical_json, digest_json
@@ -44,6 +47,8 @@ class Selected:
     chance: float
     """That the gate passes it."""
     stopped_early: bool
+    drift: DriftReport | None
+    """None where shapes of outputs follow from data: those have no distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +67,10 @@ class Judge:
         how = "emulated saturation" if recipe.emulate_saturation else recipe.judged_on
         return f"{recipe.runtime} {plan.runtime_version} on {self.arena.where} ({how})"
 
-    def select(self, made: Made, data: DataSet, watcher: Watcher, *, gate_samples: int) -> Selected:
+    def select(self, made: Made, data: DataSet, *, gate_samples: int) -> Selected:
         """What the samples that choose say; ended early where the drop is certainly beyond the limit."""
         metric, gate = self.opened.metric, self.opened.project.gate
+        watcher = _Drift(meter=DriftMeter(metric=metric))
         compared = self._compare(made, data, watcher=watcher, enough=self._surely_missed(len(data)))
         both = {"baseline": compared.baseline, "candidate": compared.candidate}
         verdict = judge_drop(metric, gate=gate, **both)
@@ -74,6 +80,7 @@ class Judge:
             foreseen_worst=worst,
             chance=chance_to_pass(verdict, worst),
             stopped_early=len(compared.baseline) < len(data),
+            drift=watcher.report(),
         )
 
     def gate(self, made: Made, data: DataSet) -> dict[str, Json]:
@@ -218,6 +225,24 @@ class Judge:
             return verdict.interval is None or verdict.interval[0] > verdict.max_drop
 
         return enough
+
+
+@dataclass(slots=True, kw_only=True)
+class _Drift:
+    """Feeds a meter as long as shapes agree."""
+
+    meter: DriftMeter
+    samples: int = 0
+    comparable: bool = True
+
+    def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None:
+        self.comparable = self.comparable and all(found[name].shape == a.shape for name, a in reference.items())
+        if self.comparable:
+            self.meter.add(reference, found, label)
+            self.samples += 1
+
+    def report(self) -> DriftReport | None:
+        return self.meter.report() if self.comparable and self.samples else None
 
 
 def plain(verdict: Verdict) -> dict[str, Json]:

@@ -194,11 +194,6 @@ def price_of(recipe: Recipe) -> float | None:
     return found if isinstance(found, float) else None
 
 
-def is_static_onnx(recipe: Recipe) -> bool:
-    """Whether it is int8 by passes of ours."""
-    return recipe.precision == "int8" and recipe.runtime == "onnxruntime"
-
-
 def narrowed(recipe: Recipe, macs_share: float) -> Recipe:
     """The same after taking out channels, until so much of the arithmetic is left."""
     canonical, *others = recipe.passes

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,17 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     return Searched(tmp_path_factory.mktemp("searched"))
 
 
+def by_name(evidence: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in evidence["candidates"]}
+
+
 def outcomes(evidence: dict[str, Any]) -> dict[str, str]:
-    return {each["name"]: each["outcome"] for each in evidence["candidates"]}
+    return {name: each["outcome"] for name, each in by_name(evidence).items()}
 
 
 def test_the_smallest_that_holds_is_chosen_and_the_rest_have_reasons(searched: Searched) -> None:
     evidence = searched.row["search"]
-    found = {each["name"]: each for each in evidence["candidates"]}
+    found = by_name(evidence)
     chosen = found[searched.row["candidate"]]
     assert chosen["outcome"] == "chosen" and chosen["front"]
     assert searched.row["baseline_bytes"] / searched.row["model_bytes"] >= 7
@@ -247,6 +252,24 @@ def test_what_is_slower_than_fp32_is_not_shipped(
     assert speed != "not measured" and speed.verdict == "faster"
 
 
+def test_where_int8_is_slower_than_fp32_float_arithmetic_is_tried(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 holds, so that by estimate nothing else is worth trying; the clock then says that it is."""
+    speeds = {"": ratio(1.3, "slower"), "weights-int8": ratio(1.0, "equal")}
+    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="latency")
+    assert not report.failed, report.failed[0].message
+    (built,) = report.built
+    evidence = built.locked.evidence
+    assert evidence is not None and built.plan.recipe.name == "weights-int8"
+    found = by_name(evidence)
+    assert found["int8"]["outcome"] == "dropped" and "slower than fp32: 1.300" in found["int8"]["reason"]
+    assert found["int8-gptq"]["outcome"] == "not tried" and "computes as int8 does" in found["int8-gptq"]["reason"]
+    assert found["half"]["outcome"] == "not tried" and "cannot be better" in found["half"]["reason"]
+    speed = open_bundle(project / RPI4).manifest.speed
+    assert speed != "not measured" and speed.verdict == "equal"
+
+
 def test_where_all_are_slower_nothing_ships(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,13 +334,17 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
 
 
-def outlier_project(folder: Path) -> Path:
-    """Two products; into the second come values of which one channel is a thousand times the others."""
+def outlier_project(folder: Path, *, ruined: Sequence[str] = ("second",), samples: int = 1600) -> Path:
+    """Two products; into those that are `ruined` come values of which one channel is a thousand times the others."""
     random = np.random.default_rng(5)
     first = random.normal(size=(16, 24)).astype(np.float32)
-    first[:, 0] *= 3000
     second = random.normal(size=(24, 8)).astype(np.float32)
-    second[0] = 0  # what is large does not matter for the result, but takes all of the range
+    scale = np.ones(16, np.float32)
+    if "first" in ruined:
+        scale[1], first[1] = 3000, 0  # what is large does not matter for the result, but takes all of the range
+    if "second" in ruined:
+        first[:, 0] *= 3000
+        second[0] = 0
     nodes = [
         helper.make_node("MatMul", ["x", "a"], ["h"], name="first"),
         helper.make_node("Relu", ["h"], ["r"], name="relu"),
@@ -332,8 +359,8 @@ def outlier_project(folder: Path) -> Path:
     )
     folder.mkdir()
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "m.onnx")
-    for name, count in (("calibration", 64), ("evaluation", 3000)):
-        arrays = {"x": random.normal(size=(count, 1, 16)).astype(np.float32)}
+    for name, count in (("calibration", 64), ("evaluation", samples)):
+        arrays = {"x": random.normal(size=(count, 1, 16)).astype(np.float32) * scale}
         (folder / f"{name}.npz").write_bytes(npz_bytes(arrays))
     (folder / "edgepack.toml").write_text(
         'name = "outlier"\nmodel = "m.onnx"\n[calibration]\ndata = "calibration.npz"\n'
@@ -343,16 +370,35 @@ def outlier_project(folder: Path) -> Path:
     return folder
 
 
+def test_where_int8_ruins_one_layer_that_one_stays_in_float(tmp_path: Path) -> None:
+    """Tried before float arithmetic, which would hold as well and costs more."""
+    project = outlier_project(tmp_path / "project")
+    done = edgepack(
+        *("build", "-t", "rpi4", "--json", "--objective", "latency", "--explain"),
+        cwd=project,
+        cache=clean_cache(tmp_path / "cache"),
+    )
+    (row,) = rows = done.document["bundles"]
+    assert len(rows) == 1 and row["candidate"] == "int8-mixed-1" and row["answer"] == "passed"
+    found = outcomes(row["search"])
+    assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq")} == {"dropped"}
+    assert found["weights-int8"] == "not tried"
+    assert [each["node"] for each in row["search"]["sensitivity"]] == ["second", "first"]
+    manifest = open_bundle(project / "dist/outlier-rpi4.edgepack").manifest
+    (static,) = [part for part in manifest.passes if part.name == "quantise-static"]
+    assert static.params["float_nodes"] == ["second"] and manifest.model.precision == "int8"
+
+
 def test_what_int8_ruins_ships_with_float_arithmetic(tmp_path: Path) -> None:
     done = edgepack(
         *("build", "-t", "rpi4", "--json", "--objective", "latency"),
-        cwd=outlier_project(tmp_path / "project"),
+        cwd=outlier_project(tmp_path / "project", ruined=("first", "second")),
         cache=clean_cache(tmp_path / "cache"),
     )
     (row,) = rows = done.document["bundles"]
     assert len(rows) == 1 and row["candidate"] == "weights-int8" and row["answer"] == "passed"
     found = outcomes(row["search"])
-    assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq")} == {"dropped"}
+    assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq", "int8-mixed-1")} == {"dropped"}
 
 
 def test_the_layer_that_int8_ruins_is_the_most_sensitive(tmp_path: Path) -> None:
