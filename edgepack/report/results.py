@@ -194,7 +194,9 @@ def _device_cells(each: Measured) -> Cells:
             f"{bundle.name} for {bundle.target}",
             bundle.precision,
             size_text(bundle.model_bytes),
-            "not judged" if bundle.value is None else value_text(bundle.value, bool(bundle.is_share)),
+            "not judged"
+            if bundle.value is None
+            else f"{bundle.metric} {value_text(bundle.value, bool(bundle.is_share))}",
             *times,
             "none" if benchmark.memory is None else f"{benchmark.memory.peak:.1f}",
             "passed" if benchmark.health.passed else "failed",
@@ -213,8 +215,9 @@ def _comparison_cells(comparison: Comparison) -> Cells:
             found.device.name,
             f"{found.bundle.name} for {found.bundle.target}, {found.bundle.precision}",
             f"{found.against.name} for {found.against.target}, {found.against.precision}",
-            ratio_text(speed.ratio, speed.interval),
-            f"{ms_text(speed.baseline_ms)} to {ms_text(speed.candidate_ms)}",
+            ratio_text(speed.ratio, speed.interval) + ("" if speed.interval else ", too few rounds for an interval"),
+            ms_text(speed.candidate_ms),
+            ms_text(speed.baseline_ms),
             f"{speed.rounds}",
             trend.moment(comparison.row),
         ),

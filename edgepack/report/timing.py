@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepack.report.benchmark import Benchmark, Operator, Reading
 from edgepack.report.charts import short
-from edgepack.report.svg import COLOURS, SIZE, Caption, draw
+from edgepack.report.svg import COLOURS, SIZE, Caption, draw, is_wide, logarithmic
 from edgepack.report.tables import ms_text
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ BINS = 60
 """Bars of a distribution."""
 STRETCHES = 300
 """Of a time series: what falls into one is drawn as its median and its range."""
-TAIL = 1.5
-"""Times beyond so many p99 stand at the edge: one interrupted inference must not flatten all others."""
 OPERATORS_SHOWN = 15
 LINES = {"p50": "-", "p90": "--", "p99": ":"}
 
@@ -44,21 +42,23 @@ def distribution(benchmark: Benchmark, prefix: str) -> str | None:
     if samples is None or latency is None:
         return None
     times = np.asarray(samples.ns, dtype=np.float64) / 1e6
-    top = _ceiling(times)
-    beyond = int(np.sum(times > top))
+    wide = is_wide(float(times.min()), float(times.max()))
+    edges = (np.geomspace if wide else np.linspace)(times.min(), times.max(), BINS + 1)
     found = latency.percentiles()
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.hist(np.minimum(times, top), bins=BINS, color=COLOURS["front"], range=(float(times.min()), top))
+        axes.hist(times, bins=[float(edge) for edge in edges], color=COLOURS["front"], log=wide)
         for name, line in LINES.items():
             if name in found:
                 value = found[name][0]
                 label = f"{name} {ms_text(value)}"
-                axes.axvline(min(value, top), color=COLOURS["chosen"], linestyle=line, linewidth=1.6, label=label)
+                axes.axvline(value, color=COLOURS["chosen"], linestyle=line, linewidth=1.6, label=label)
         axes.grid(visible=False, axis="x")
-        axes.set_xlabel("ms of one inference" + (f"; the last bar holds {beyond:,} beyond it" if beyond else ""))
+        axes.set_xlabel("ms of one inference")
         axes.set_ylabel("inferences")
+        if wide:
+            logarithmic(axes, "x")
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.5, columnspacing=1.2)
 
     words = [f"{name.replace('_', '.')} {ms_text(value)} ms" for name, (value, _) in found.items()]
@@ -77,7 +77,6 @@ def over_time(benchmark: Benchmark, prefix: str) -> str | None:
     seconds = (starts - starts[0]) / 1e9
     readings = benchmark.environment.readings if benchmark.environment else ()
     held = throttled(benchmark)
-    top = _ceiling(times)
     rows = [
         (label, "s-" if label == "MHz" else "D-", values)
         for label, values in (
@@ -91,12 +90,14 @@ def over_time(benchmark: Benchmark, prefix: str) -> str | None:
         panels = figure.subplots(len(rows) + 1, 1, squeeze=False, sharex=True, height_ratios=[3, *(1.2 for _ in rows)])[
             :, 0
         ]
-        _series(panels[0], seconds, times, _processes(benchmark, times.size), top)
+        _series(panels[0], seconds, times, _processes(benchmark, times.size))
         for axes, (label, style, values) in zip(panels[1:], rows, strict=True):
             _readings(axes, values, style, starts[0], label)
         for axes in panels:
             _mark(axes, held)
         panels[0].set_ylabel("ms")
+        if is_wide(float(times.min()), float(times.max())):
+            logarithmic(panels[0], "y")
         panels[-1].set_xlabel("seconds since the first measured inference")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, handletextpad=0.5)
 
@@ -139,7 +140,7 @@ def operators(benchmark: Benchmark, prefix: str) -> str | None:
         for row, each in enumerate(longest):
             axes.barh(row, each.ms, height=0.7, color=COLOURS["front"], gid=f"p{row}")
             axes.annotate(f"{each.share:.0%}", (each.ms, row), xytext=(4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(longest)), [short(f"{each.op} {each.name}") for each in longest], fontsize=9.5)
+        axes.set_yticks(range(len(longest)), [short(f"{each.name} {each.op}") for each in longest], fontsize=9.5)
         axes.set_ylim(len(longest) - 0.4, -0.6)
         axes.margins(x=0.12)
         axes.grid(visible=False, axis="y")
@@ -162,11 +163,6 @@ def _name(benchmark: Benchmark) -> str:
     return f"{bundle.name} for {bundle.target} ({bundle.precision}) on {benchmark.device.name}"
 
 
-def _ceiling(times: Times) -> float:
-    """The largest time, or TAIL times p99 where that is less."""
-    return float(min(times.max(), max(TAIL * np.percentile(times, 99), times.min() * 1.01)))
-
-
 def _processes(benchmark: Benchmark, count: int) -> Iterator[slice]:
     """The samples of each process."""
     begin = 0
@@ -175,24 +171,14 @@ def _processes(benchmark: Benchmark, count: int) -> Iterator[slice]:
         begin += each.count
 
 
-def _series(axes: Axes, seconds: Times, times: Times, processes: Iterator[slice], top: float) -> None:
-    """A line of medians in a band of ranges, process by process; a triangle where some are off the scale."""
+def _series(axes: Axes, seconds: Times, times: Times, processes: Iterator[slice]) -> None:
+    """A line of medians in a band of ranges, process by process."""
     length = max(float(seconds[-1]), 1e-9) / STRETCHES
     for number, part in enumerate(processes):
         x, low, middle, high = _stretches(seconds[part], times[part], length)
-        axes.fill_between(
-            x,
-            np.minimum(low, top),
-            np.minimum(high, top),
-            color=COLOURS["front"],
-            alpha=0.3,
-            linewidth=0,
-            label=None if number else "range",
-        )
-        axes.plot(x, middle, color=COLOURS["front"], linewidth=1.2, label=None if number else "median")
-        beyond = high > top
-        axes.plot(x[beyond], np.full(int(beyond.sum()), top), "^", color=COLOURS["other"], markersize=4, clip_on=False)
-    axes.set_ylim(top=top)
+        labels = (None, None) if number else ("range", "median")
+        axes.fill_between(x, low, high, color=COLOURS["front"], alpha=0.3, linewidth=0, label=labels[0])
+        axes.plot(x, middle, color=COLOURS["front"], linewidth=1.2, label=labels[1])
 
 
 def _stretches(seconds: Times, times: Times, length: float) -> tuple[Times, Times, Times, Times]:

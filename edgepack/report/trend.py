@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 from edgepack.bench.history import Row
 from edgepack.report.benchmark import Benchmark
 from edgepack.report.charts import short
-from edgepack.report.svg import COLOURS, SIZE, Caption, draw, printable
+from edgepack.report.svg import COLOURS, SIZE, Caption, draw, is_wide, logarithmic, printable
 from edgepack.report.tables import ms_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOGARITHMIC = 8.0
-"""From so many times between the shortest and the longest on, the axis of times is logarithmic."""
 PANELS = 8
 """Of the history: the newest pairs of a bundle's name and a device."""
 VERDICTS: Mapping[str, tuple[str, str]] = {
@@ -35,7 +33,7 @@ def side_by_side(benchmarks: Sequence[Benchmark], prefix: str) -> str | None:
     timed = [(each, latency.percentiles()) for each, latency in found if latency and latency.p50 is not None]
     if len(timed) < 2:
         return None
-    p50s = [percentiles["p50"][0] for _, percentiles in timed]
+    times = [percentiles[name][0] for _, percentiles in timed for name in ("p50", "p99") if name in percentiles]
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -52,8 +50,8 @@ def side_by_side(benchmarks: Sequence[Benchmark], prefix: str) -> str | None:
         labels = [f"{short(each.device.name)}\n{short(_bundle_words(each))}" for each, _ in timed]
         axes.set_yticks(range(len(timed)), labels, fontsize=9.5)
         axes.set_ylim(len(timed) - 0.5, -0.5)
-        if max(p50s) > LOGARITHMIC * min(p50s):
-            axes.set_xscale("log")
+        if is_wide(min(times), max(times)):
+            logarithmic(axes, "x")
         else:
             axes.set_xlim(left=0)
         axes.grid(visible=False, axis="y")
@@ -94,7 +92,7 @@ def history(rows: Sequence[Row], prefix: str) -> str | None:
             _panel(each, found)
             each.set_title(printable(f"{name} for {target} on {device}"), fontsize=10.5, loc="left")
             each.set_ylabel("p50, ms")
-            each.set_ylim(bottom=0)
+            each.set_ylim(0, 1.15 * max(row.p50_ms or 0.0 for row in found))
         locator = AutoDateLocator(minticks=3, maxticks=5)  # type: ignore[no-untyped-call]
         axes[-1].xaxis.set_major_locator(locator)
         axes[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
