@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgepack.bench.history import Row
 from edgepack.report import timing, trend
-from edgepack.report.benchmark import Benchmark
+from edgepack.report.benchmark import Benchmark, Bundle
 from edgepack.report.gather import Comparison, Material, Result
 from edgepack.report.tables import ms_text, size_text
 from edgepack.report.words import Badge, ratio_text, value_text
@@ -173,7 +173,7 @@ def _held(benchmark: Benchmark) -> str:
     if environment is None or not environment.throttled:
         return ""
     names = ", ".join(environment.throttled)
-    spans = [f"{each.begin:.1f} to {each.end:.1f} s" for each in timing.throttled(benchmark)]
+    spans = [each.words for each in timing.throttled(benchmark)]
     return f"{names}: {', '.join(spans)}" if spans else f"{names}; at which moment was not kept"
 
 
@@ -202,6 +202,12 @@ def _device_cells(each: Measured) -> Cells:
             "passed" if benchmark.health.passed else "failed",
         ),
     )
+
+
+def _metric(bundle: Bundle) -> str:
+    if bundle.value is None:
+        return "not judged"
+    return f"{bundle.metric} {value_text(bundle.value, bool(bundle.is_share))}"
 
 
 def _comparison_cells(comparison: Comparison) -> Cells:

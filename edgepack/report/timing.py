@@ -35,6 +35,10 @@ class Held:
     end: float
     names: tuple[str, ...]
 
+    @property
+    def words(self) -> str:
+        return f"at {self.begin:.1f} s" if self.begin == self.end else f"{self.begin:.1f} to {self.end:.1f} s"
+
 
 def distribution(benchmark: Benchmark, prefix: str) -> str | None:
     """How many inferences took how long, with the percentiles; None where no time was taken."""
@@ -101,7 +105,7 @@ def over_time(benchmark: Benchmark, prefix: str) -> str | None:
         panels[-1].set_xlabel("seconds since the first measured inference")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, handletextpad=0.5)
 
-    marked = "; ".join(f"{each.begin:.1f} to {each.end:.1f} s: {', '.join(each.names)}" for each in held)
+    marked = "; ".join(f"{each.words}: {', '.join(each.names)}" for each in held)
     ran = f"{times.size:,} inferences in {seconds[-1] + times[-1] / 1e3:.1f} s and {len(benchmark.repeats)} processes"
     text = f"{ran}. {f'The processor was held back: {marked}' if marked else 'No throttling is marked'}."
     shown = Caption(title=f"{_name(benchmark)}: latency over time", text=text)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgepack.report.page import build_page
 from tests.support.chromium import Browser, chromium
-from tests.support.evidence import evidence
+from tests.support.evidence import evidence, page_of_builds
 
 pytestmark = pytest.mark.full
 
@@ -55,7 +54,7 @@ OVERLAPS = """
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(build_page([evidence("rpi4"), evidence("rpi5")]), encoding="utf-8")
+    path.write_text(page_of_builds([evidence("rpi4"), evidence("rpi5")]), encoding="utf-8")
     return path
 
 
