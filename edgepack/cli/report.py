@@ -63,7 +63,7 @@ def report(
             {
                 "path": str(output),
                 "bytes": len(page),
-                "builds": [{"name": each["name"], "target": each["target"]} for each in material.builds],
+                "builds": [{"name": each.name, "target": each.target} for each in material.builds],
                 "results": [each.row.id for each in material.results],
                 "comparisons": [each.row.id for each in material.comparisons],
                 "history": len(material.history),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from edgepack.bench.history import Filter, History, Row
 from edgepack.bundle.bundle import Bundle, open_bundle
-from edgepack.errors import InputError
+from edgepack.errors import InputError, VerificationError
 from edgepack.report.benchmark import Benchmark, InTurns, read_benchmark, read_in_turns
-from edgepack.store import Json
+from edgepack.report.evidence import Evidence, read_evidence
 
 IN_FULL = 12
 """Results that are shown with figures, the newest: each takes some tenths of a second and 40 kB."""
@@ -44,8 +44,8 @@ class Comparison:
 class Material:
     """All that one page is made of; each part may be empty."""
 
-    builds: tuple[dict[str, Json], ...] = ()
-    """Evidence (evidence.py), one a target."""
+    builds: tuple[Evidence, ...] = ()
+    """One a target."""
     results: tuple[Result, ...] = ()
     """Those shown in full, the newest last."""
     comparisons: tuple[Comparison, ...] = ()
@@ -98,11 +98,18 @@ def gather(paths: Sequence[Path], history: Path, *, results: Sequence[str] = (),
     )
 
 
-def _evidence(bundle: Bundle) -> dict[str, Json] | None:
-    if bundle.manifest.evidence is None:
+def _evidence(bundle: Bundle) -> Evidence | None:
+    path = bundle.manifest.evidence
+    if path is None:
         return None
-    evidence: dict[str, Json] = json.loads(bundle.read(bundle.manifest.evidence))
-    return evidence
+    where = f"{bundle.path}: {path}"
+    try:
+        entry = json.loads(bundle.read(path))
+    except ValueError as error:
+        raise VerificationError(f"{where}: is no JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise VerificationError(f"{where}: found {type(entry).__name__}; expected a JSON object")
+    return read_evidence(entry, where)
 
 
 def _read(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from edgepack.report import charts
 from edgepack.report.builds import section
-from edgepack.report.evidence import read_evidence
 from edgepack.report.gather import Material
 from edgepack.report.results import measurements
 from edgepack.report.svg import printable, require_plotting
@@ -23,18 +22,12 @@ if TYPE_CHECKING:
 
 
 def report_page(material: Material) -> str:
-    """The whole page, in the order given.
-
-    Raises InputError where a build is no evidence of schema 1, UnsupportedError where matplotlib or jinja2 is missing.
-    """
+    """The whole page, in the order given. Raises UnsupportedError where matplotlib or jinja2 is missing."""
     require_plotting()
     import jinja2
     from markupsafe import Markup
 
-    builds = [
-        section(read_evidence(entry, f"evidence {number}"), f"t{number}")
-        for number, entry in enumerate(material.builds, 1)
-    ]
+    builds = [section(evidence, f"t{number}") for number, evidence in enumerate(material.builds, 1)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("edgepack.report"),
         autoescape=True,

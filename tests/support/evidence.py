@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from edgepack.report.evidence import read_evidence
 from edgepack.report.gather import Material
 from edgepack.report.page import report_page
 
@@ -148,4 +149,6 @@ def evidence(target: str = "rpi4", **changes: Any) -> dict[str, Any]:
 
 
 def page_of_builds(entries: Sequence[dict[str, Any]]) -> str:
-    return report_page(Material(builds=tuple(entries)))
+    return report_page(
+        Material(builds=tuple(read_evidence(each, f"evidence {number}") for number, each in enumerate(entries, 1)))
+    )
