@@ -37,7 +37,7 @@ class Held:
 
     @property
     def words(self) -> str:
-        return f"at {self.begin:.1f} s" if self.begin == self.end else f"{self.begin:.1f} to {self.end:.1f} s"
+        return f"at {self.begin:.2f} s" if self.begin == self.end else f"{self.begin:.2f} to {self.end:.2f} s"
 
 
 def distribution(benchmark: Benchmark, prefix: str) -> str | None:
@@ -52,7 +52,7 @@ def distribution(benchmark: Benchmark, prefix: str) -> str | None:
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.hist(times, bins=[float(edge) for edge in edges], color=COLOURS["front"], log=wide)
+        axes.hist(times, bins=[float(edge) for edge in edges], color=COLOURS["front"])
         for name, line in LINES.items():
             if name in found:
                 value = found[name][0]
@@ -63,6 +63,7 @@ def distribution(benchmark: Benchmark, prefix: str) -> str | None:
         axes.set_ylabel("inferences")
         if wide:
             logarithmic(axes, "x")
+            logarithmic(axes, "y")
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.5, columnspacing=1.2)
 
     words = [f"{name.replace('_', '.')} {ms_text(value)} ms" for name, (value, _) in found.items()]

@@ -155,6 +155,11 @@ def test_each_figure_is_told_in_words(page: str) -> None:
     assert told["history"].count("fashion-mnist for x86-avx512-vnni on local") == 3
 
 
+def test_axes_have_plain_numbers(page: str) -> None:
+    assert "mathdefault" not in page
+    assert ">0.2</text>" in page and ">500</text>" in page
+
+
 def test_throttling_is_marked_where_it_was(page: str) -> None:
     document = throttled()
     readings, began = document["environment"]["readings"], document["samples"]["starts_ns"][0]
@@ -162,7 +167,7 @@ def test_throttling_is_marked_where_it_was(page: str) -> None:
     assert [each["throttled"] for each in readings] == [[], [], names, [], [], []]
     begin, end = ((readings[number]["t_ns"] - began) / 1e9 for number in (1, 2))
     told = re.search(r'<desc id="m3-time-text">(.*?)</desc>', page)
-    span = f"{begin:.1f} to {end:.1f} s: {', '.join(names)}"
+    span = f"{begin:.2f} to {end:.2f} s: {', '.join(names)}"
     assert told is not None and f"The processor was held back: {span}" in told[1]
     figure = next(svg for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if 'id="m3-time"' in svg)
     assert "<pattern" in figure and "held back (throttled)" in figure and "MHz" in figure
