@@ -14,6 +14,7 @@ import onnx
 
 from edgepack.build.inputs import OpenProject
 from edgepack.build.planner import BuildPlan, Step
+from edgepack.build.tensorflow import PROVED_SAMPLES, prove
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import read_model, serialise
 from edgepack.graph.npz import npz_bytes
@@ -96,7 +97,7 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
         with storage_errors(folder):
             for part in (before, after, feeds):
                 part.mkdir()
-        files = _source(opened, before) if previous is None else model_files(previous, bench.store, before)
+        files = _source(opened, before, bench) if previous is None else model_files(previous, bench.store, before)
         context = PassContext(
             activations=functools.partial(_activations, opened=opened, bench=bench),
             tool=lambda request: call_converter(each.toolchain or "", bench.lib(each.toolchain or ""), request),
@@ -137,12 +138,24 @@ def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Pat
     return {ROLES[path.suffix]: path for path in store.materialise(record, folder).values()}
 
 
-def _source(opened: OpenProject, folder: Path) -> dict[str, Path]:
-    """The user's model with its external data taken in, as one file."""
+def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Path]:
+    """The user's model with its external data taken in, as one file; one of TensorFlow proved before it is used."""
     path = folder / "model.onnx"
-    model = read_model(opened.model_path).model
+    model = read_model(opened.onnx_path).model
     with storage_errors(path):
         path.write_bytes(serialise(model))
+    if opened.onnx_path != opened.model_path:
+        feeds = list(itertools.islice(opened.calibration.feeds(), PROVED_SAMPLES))
+        names = [value.name for value in model.graph.output]
+        found = list(_activations(model, names, PROVED_SAMPLES, opened=opened, bench=bench))
+        prove(
+            opened.model_path,
+            opened.project.signature,
+            feeds=feeds,
+            found=found,
+            store=bench.store,
+            say=bench.say,
+        )
     return {"model": path}
 
 

@@ -425,7 +425,8 @@ def save_arrays(path: str, arrays: Arrays) -> None:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             for name, value in arrays.items():
                 with archive.open(name + ".npy", "w", force_zip64=True) as file:
-                    numpy.lib.format.write_array(file, numpy.ascontiguousarray(value), allow_pickle=False)
+                    # Not ascontiguousarray, which makes a scalar one-dimensional.
+                    numpy.lib.format.write_array(file, numpy.asarray(value, order="C"), allow_pickle=False)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -1011,7 +1012,7 @@ def check_feed(model: Any, feed: Arrays) -> None:
 def prepared(model: Any, stacked: Arrays, index: int) -> Any:
     import numpy
 
-    feed = {name: numpy.ascontiguousarray(value[index]) for name, value in stacked.items()}
+    feed = {name: numpy.asarray(value[index], order="C") for name, value in stacked.items()}
     check_feed(model, feed)
     return model.prepare(feed)
 
