@@ -13,7 +13,7 @@ from edgepack.cli.output import JsonFlag, show_json
 
 def report(
     bundles: Annotated[
-        list[Path] | None, typer.Argument(metavar="[BUNDLE]...", help="Bundles; none: all that was ever measured.")
+        list[Path] | None, typer.Argument(metavar="BUNDLE", help="Bundles; none: all that was ever measured.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
     result: Annotated[

@@ -61,7 +61,7 @@ def gather(paths: Sequence[Path], history: Path, *, results: Sequence[str] = (),
     """What there is of the bundles at `paths`; without any, all that `history` holds.
 
     `results`, ids or their beginnings, are those shown in full; without any, the newest of each bundle on each device.
-    `device` leaves out what was measured elsewhere. A `history` that is not there is an empty one.
+    `device` leaves out what was measured elsewhere and not asked for by its id. A `history` that is not there is an empty one.
 
     Raises InputError where there is nothing at all, or a result or bundle is none; VerificationError for a bundle that
     is damaged, StorageError for a history that cannot be used.
@@ -76,7 +76,7 @@ def gather(paths: Sequence[Path], history: Path, *, results: Sequence[str] = (),
         elif bundle.manifest.accuracy is not None:
             missing.append(f"How {bundle.path} came about: no evidence is in it; build again, with `edgepack build`.")
     shown, rows = _read(bundles, history, results, device)
-    measured = {row.bundle for row in rows}
+    measured = {row.bundle for row in rows if row.kind == "bench"}
     for bundle in bundles:
         if bundle.digest not in measured:
             where = device or "NAME"
