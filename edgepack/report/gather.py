@@ -61,7 +61,8 @@ def gather(paths: Sequence[Path], history: Path, *, results: Sequence[str] = (),
     """What there is of the bundles at `paths`; without any, all that `history` holds.
 
     `results`, ids or their beginnings, are those shown in full; without any, the newest of each bundle on each device.
-    `device` leaves out what was measured elsewhere and not asked for by its id. A `history` that is not there is an empty one.
+    `device` leaves out what was measured elsewhere and not asked for by its id. A `history` that is not there
+    is an empty one.
 
     Raises InputError where there is nothing at all, or a result or bundle is none; VerificationError for a bundle that
     is damaged, StorageError for a history that cannot be used.

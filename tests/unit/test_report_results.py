@@ -91,7 +91,9 @@ def test_what_is_missing_is_said_with_the_command_that_gets_it(bundle: Bundle, t
     assert gather([bundle.path], nothing).missing == (f"Times of {bundle.path}: {command} NAME`.",)
     assert gather([bundle.path], nothing, device="pi4").missing == (f"Times of {bundle.path} on pi4: {command} pi4`.",)
     assert not nothing.exists()
-    history_of(nothing, recorded("int8"))
+    history_of(nothing, recorded("int8"), measured_as(bundle, "against"))
+    in_turns = gather([bundle.path], nothing)
+    assert len(in_turns.comparisons) == 1 and command in in_turns.missing[0]
     assert "`edgepack report BUNDLE ...`" in gather([], nothing).missing[0]
 
 
