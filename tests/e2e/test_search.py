@@ -242,7 +242,7 @@ def test_what_is_slower_than_fp32_is_not_shipped(
 ) -> None:
     """int8 would be chosen by bytes and by estimate, and is slow; what is as small and fast goes."""
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.9, "faster"), "int8-": ratio(1.5, "slower")}
-    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch)
+    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=3)
     assert not report.failed
     (built,) = report.built
     evidence = built.locked.evidence
@@ -273,11 +273,13 @@ def test_where_int8_is_slower_than_fp32_float_arithmetic_is_tried(
 def test_where_all_are_slower_nothing_ships(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, project = build_here(tmp_path / "p", searched.cache, {"": ratio(1.3, "slower")}, monkeypatch)
+    report, project = build_here(tmp_path / "p", searched.cache, {"": ratio(1.3, "slower")}, monkeypatch, evaluations=3)
     (failure,) = report.failed
     assert failure.error.exit_code == 5 and "slower than fp32" in str(failure.error)
     assert not (project / RPI4).exists()
-    report, project = build_here(tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch)
+    report, project = build_here(
+        tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch, evaluations=3
+    )
     (failure,) = report.failed
     assert failure.error.exit_code == 6 and "--device none" in str(failure.error)
 
@@ -310,7 +312,7 @@ def test_the_measured_time_decides_not_the_estimate(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.02, "faster")}
-    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="balanced")
+    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="balanced", evaluations=3)
     (built,) = report.built
     assert built.plan.recipe.name == "int8"
 
@@ -328,7 +330,7 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     whole = PASSES["gptq"]
     monkeypatch.setitem(PASSES, "gptq", Broken())
     cache = clean_cache(tmp_path / "cache")
-    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch)
+    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch, objective="size")
     (built,) = report.built
     evidence = built.locked.evidence
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
