@@ -122,10 +122,10 @@ def test_kill_9_at_any_moment_leaves_no_governor_lease_process_or_half_row(lab: 
         with lab.start() as process:
             time.sleep(after)
             process.send_signal(signal.SIGKILL)
-        assert eventually(lab.is_free, GONE_S), f"kill {number} after {after:.2f} of {lasting:.2f} s: {lab.left()}"
+        assert eventually(lab.is_free, GONE_S), (number, after, lasting, lab.left(), lab.board.governors)
         assert lab.rows() - rows in (0, 1)
         rows = lab.rows()
     lab.killed_when(lambda: lab.board.governors == {"performance"})
-    assert eventually(lab.is_free, GONE_S), f"killed with the governor held: {lab.left()}"
+    assert eventually(lab.is_free, GONE_S), (lab.left(), lab.board.governors)
     lab.whole()
     assert lab.rows() == rows + 1
