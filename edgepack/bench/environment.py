@@ -51,6 +51,8 @@ class Environment:
     frequencies_mhz: tuple[float, ...] = ()
     """The fastest processor's, sample by sample."""
     governors: tuple[str, ...] = ()
+    governor_changes: tuple[str, ...] = ()
+    """`ondemand to powersave`: of any one processor, from one sample to the next."""
     temperatures_c: tuple[float, ...] = ()
     """The hottest zone's, sample by sample."""
     throttled: tuple[str, ...] | None = None
@@ -117,6 +119,7 @@ def read_environment(*runs: Sequence[EnvironmentSample]) -> Environment:
         duration_s=seconds,
         frequencies_mhz=_maxima(every, "/cpufreq/scaling_cur_freq", 1e-3),  # kHz
         governors=tuple(sorted({text.strip() for text in _texts(every, "/cpufreq/scaling_governor")})),
+        governor_changes=_governor_changes(every),
         temperatures_c=_maxima(every, "/class/thermal/", 1e-3),  # millidegrees
         throttled=_throttled(windows),
         load_before=_number(r"^(?P<n>[\d.]+)", runs[0][0].files.get("/proc/loadavg")),
@@ -159,6 +162,20 @@ def _maxima(samples: Iterable[EnvironmentSample], part: str, scale: float) -> tu
         values = [int(text) for text in _texts([sample], part) if text.strip().isdigit()]
         if values:
             found.append(max(values) * scale)
+    return tuple(found)
+
+
+def _governor_changes(samples: Sequence[EnvironmentSample]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    last: dict[str, str] = {}
+    for sample in samples:
+        for path, text in sample.files.items():
+            if "/cpufreq/scaling_governor" not in path or text is None:
+                continue
+            now = text.strip()
+            if last.setdefault(path, now) != now:
+                found[f"{last[path]} to {now}"] = None
+            last[path] = now
     return tuple(found)
 
 
