@@ -45,7 +45,7 @@ test-npu: $(READY)
 	$(PYTEST) -m npu
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.agreement --output docs/benchmarks/agreement.md
 	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.coding
