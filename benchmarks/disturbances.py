@@ -73,16 +73,17 @@ CGROUP_BYTES, READ_BYTES = 32 << 20, 128 << 20
 
 SPIN = "while True: pass"
 THRASH = """
-import sys
+import mmap, os, random, sys
 with open(sys.argv[2], "w") as procs:
-    procs.write(str(__import__("os").getpid()))
-with open(sys.argv[1], "rb", buffering=0) as file:
-    while True:
-        file.seek(0)
-        while file.read(1 << 20):
-            pass
+    procs.write(str(os.getpid()))
+with open(sys.argv[1], "rb") as file:
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+while True:
+    content[random.randrange(len(content))]
 """
-"""Reads a file again and again that does not fit into its memory cgroup: its pages are reclaimed all the time."""
+"""Reads bytes here and there of a file that does not fit into its memory cgroup: pages are taken from it all the time.
+They are charged to who brings them into memory first, hence DONTNEED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,9 +339,9 @@ def real_ones(file: Path, cgroup: Path | None) -> list[Disturbance]:
     if cgroup is not None:
         found.append(
             Disturbance(
-                name=f"a process reads {READ_BYTES >> 20} MiB in {CGROUP_BYTES >> 20} MiB of page cache",
+                name=f"a process reads here and there in {READ_BYTES >> 20} MiB, with {CGROUP_BYTES >> 20} to keep",
                 simulated=False,
-                rules=frozenset({"memory-pressure", "load", "starved", "drift", "noise"}),  # it moves the times
+                rules=frozenset({"memory-pressure", "load", "starved"}),
                 put=thrash(file, cgroup),
             )
         )
@@ -474,7 +475,9 @@ def main() -> int:
             return subprocess.run(argv, check=False).returncode
         with bench_here(Path(folder)) as bench, memory_cgroup() as cgroup:
             file = Path(folder, "read")
-            file.write_bytes(bytes(READ_BYTES))
+            with file.open("wb") as sink:
+                sink.write(bytes(READ_BYTES))
+                os.fsync(sink.fileno())  # what is not on disk yet cannot be dropped from memory
             disturbances = real_ones(file, cgroup)
             if arguments.board is not None:
                 disturbances += simulated_ones(SimulatedBoard(arguments.board))
