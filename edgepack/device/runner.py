@@ -138,7 +138,10 @@ try:
             problem = "%s: stays %s" % (path, read(path))
 except OSError as error:
     problem = "%s: cannot be set to %s: %s" % (path, value, error.strerror)
-print(json.dumps([before, problem]), flush=True)
+try:
+    print(json.dumps([before, problem]), flush=True)
+except OSError:
+    problem = "who asked for it is gone"
 if problem is None:
     sys.stdin.read()
 for path, text in before.items():

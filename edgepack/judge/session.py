@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ class RuntimeSession:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
         Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
-        is full, and ToolchainError when the runtime dies: no device is at fault here.
+        is full, and ToolchainError when the runtime dies: no device is at fault here. Of a remote runner the last
+        two are DeviceError, and so is a device that goes away.
         """
         model = self._model(files)
         chunks = _Chunks(feeds)
@@ -128,6 +130,8 @@ class RuntimeSession:
             except RunnerError:
                 raise
             except DeviceError as error:
+                if self._remote is not None:
+                    raise
                 raise ToolchainError(
                     f"{self._runtime} ended on this machine while it ran the model: {error}"
                 ) from error
@@ -148,12 +152,15 @@ class RuntimeSession:
             self._client.infer_batch(model, there[0], count, there[1], fetch=fetch)
             transport.get(there[1], output)
         finally:
-            transport.run(["rm", "-f", *there])
+            with contextlib.suppress(DeviceError):  # it is gone, which the error above says better; the next clears up
+                transport.run(["rm", "-f", *there])
 
     def _explained(self, error: RunnerError) -> EdgepackError:
         """What a runner's failure means where it runs on this machine."""
         if error.failure in ("runtime", "bad-request"):
             return InputError(f"the model cannot be run: {error}")
+        if self._remote is not None:
+            return error
         if error.failure == "storage":
             return StorageError(f"{self._folder}: cannot be written: {error}; free some space and run again")
         return ToolchainError(f"{self._runtime} failed on this machine: {error}")
