@@ -24,6 +24,7 @@ from edgepack.passes.contract import PassContext
 from edgepack.protocol import RUNNER_PATH, RunnerClient
 from edgepack.runtimes.converter import call_converter
 from edgepack.runtimes.environment import environment, host_python
+from edgepack.runtimes.installation import require
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, StepRecord, Store, storage_errors
 from edgepack.transports.local import LocalTransport
@@ -37,6 +38,8 @@ class Workbench:
 
     store: Store
     say: Say
+    install_toolchains: bool = False
+    """Fetch also what is so large that a build asks first."""
 
     def host_pin(self, toolchain: str, version: str | None = None) -> Pin:
         """The wheels of a toolchain for this machine. Raises UnsupportedError."""
@@ -47,8 +50,10 @@ class Workbench:
             raise UnsupportedError(f"this machine cannot do its part of the build: {error}") from error
 
     def lib(self, toolchain: str, version: str | None = None) -> Path:
-        """The folder with those wheels, fetched and unpacked where it was not there."""
-        return environment(self.host_pin(toolchain, version).wheels, self.store.folder, say=self.say)
+        """The folder with those wheels, fetched and unpacked where it was not there. Raises ToolchainError."""
+        pin = self.host_pin(toolchain, version)
+        require(load_toolchain(toolchain), pin, self.store.folder, install_heavy=self.install_toolchains)
+        return environment(pin.wheels, self.store.folder, say=self.say)
 
     @contextlib.contextmanager
     def session(self, runtime: str, version: str | None, options: Mapping[str, Json]) -> Iterator[RuntimeSession]:

@@ -65,6 +65,9 @@ def build(
         Path | None,
         typer.Option("--report", help="Write an HTML page: the front, all candidates, sensitivity, gates."),
     ] = None,
+    install_toolchains: Annotated[
+        bool, typer.Option("--install-toolchains", help="Fetch also toolchains so large that a build asks first.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what may be tried, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -110,7 +113,7 @@ def build(
         from edgepack.report.svg import require_plotting
 
         require_plotting()
-    bench = Workbench(store=store, say=say)
+    bench = Workbench(store=store, say=say, install_toolchains=install_toolchains)
     with _device(device, inventory) as transport:
         from edgepack.bench.install import ROOT
 
