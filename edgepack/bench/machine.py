@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgepack.bundle.bundle import Bundle
-from edgepack.bundle.manifest import Requires
+from edgepack.bundle.manifest import Requires, SystemPackagePart
 from edgepack.errors import DeviceError, UnsupportedError
 from edgepack.protocol import Probe
+from edgepack.spec.toolchain import SystemPackage
 from edgepack.transports.base import Transport
 
 CONTACT_TIMEOUT_S = 30.0
@@ -32,6 +33,8 @@ names = getattr(os, "confstr_names", {})
 libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in names else None
 print("%d.%d.%d" % sys.version_info[:3], struct.calcsize("P") * 8, (libc or "unknown").replace(" ", "-"))
 """
+
+ASK_PACKAGE = "import importlib, sys; print(importlib.import_module(sys.argv[1]).__version__)"
 
 SPELLINGS = {"arm64": "aarch64", "amd64": "x86_64", "armv8l": "armv7l"}
 BELOW_64_BIT_KERNEL = {"aarch64": "armv7l", "x86_64": "i686"}
@@ -141,6 +144,8 @@ def make_contact(bundle: Bundle, transport: Transport) -> Contact:
     if not fitting:
         raise UnsupportedError(f"{transport.name}: {_python_is_wrong(requires, pythons, system)}")
     _check_libc(requires, transport.name, fitting[0][3], system)
+    for package in requires.packages:
+        _check_package(package, transport, fitting[0][0])
     return Contact(machine=machine, python=fitting[0][0])
 
 
@@ -171,6 +176,21 @@ def _check_libc(requires: Requires, where: str, libc: str, system: str) -> None:
         raise UnsupportedError(
             f"{where}: C library {libc} on {system}; the runtime in the bundle needs glibc {requires.glibc}; "
             f"build it for this system with --os, or run {requires.os_name} on the device"
+        )
+
+
+def _check_package(package: SystemPackagePart, transport: Transport, python: str) -> None:
+    """Ask the device's Python for what the bundle does not bring; it has to load, not only to be there."""
+    argv = [python, "-I", "-c", ASK_PACKAGE, package.name]
+    done = transport.run(argv, timeout_s=CONTACT_TIMEOUT_S * (10 if transport.emulated else 1))
+    found = done.stdout.decode("utf-8", "replace").strip() if done.exit_code == 0 else None
+    wanted = SystemPackage.model_validate(package.model_dump())
+    if found is None or not wanted.takes(found):
+        last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"])[-1]
+        what = f"{package.name} {found}" if found else f"no {package.name} that loads ({last})"
+        raise UnsupportedError(
+            f"{transport.name}: {what} for {python}; the bundle needs {wanted}, which it does not bring, as there is "
+            f"no wheel of it for this machine: apt install {package.package}; nothing was installed"
         )
 
 

@@ -107,6 +107,7 @@ def _model(bundle: Bundle, installed: Installed, threads: int) -> ModelRef:
         files={role: f"{installed.bundle}/{path}" for role, path in manifest.model.files.items()},
         options=dict(manifest.runtime.options),
         threads=threads,
+        system=tuple(package.name for package in manifest.requires.packages),
     )
 
 

@@ -128,7 +128,16 @@ def seconds_of(plan: BuildPlan, store: Store) -> float:
     return sum(float(str(record.facts.get("seconds", 0.0))) for record in records if record is not None)
 
 
-ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".blob": "blob", ".npz": "integers", ".json": "ranges"}
+ROLES = {
+    ".onnx": "model",
+    ".xml": "model",
+    ".tflite": "model",
+    ".bin": "weights",
+    ".blob": "blob",
+    ".layout": "layout",
+    ".npz": "integers",
+    ".json": "ranges",
+}
 """Of a step's files, by suffix."""
 
 

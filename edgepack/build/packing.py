@@ -33,7 +33,7 @@ from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.target import Target
 from edgepack.spec.tensor import TensorSpec
-from edgepack.spec.toolchain import load_toolchain
+from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, StepRecord, canonical_json, digest_json
 
 INTEGER_SQNR_DB, FLOAT_SQNR_DB = 20.0, 50.0
@@ -81,7 +81,7 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
             golden_outputs=bench.store.blob_path(shipment.golden.outputs).read_bytes(),
             evidence=None if shipment.evidence is None else canonical_json(shipment.evidence) + b"\n",
         )
-        manifest = _manifest(shipment, opened, parts, pin.glibc)
+        manifest = _manifest(shipment, opened, parts, pin)
         budget = budget_of(opened, shipment.plan) if shipment.verdict else NO_BUDGET
         check_budget("the model", manifest.sizes.model, budget["model_mib"], plan.target.name)
         total = sum(entry.bytes for entry in manifest.files.values())
@@ -103,7 +103,7 @@ def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
     return found
 
 
-def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
+def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, pin: Pin) -> m.Manifest:
     plan = shipment.plan
     entries = file_entries(parts.contents())
     budget = budget_of(opened, plan) if shipment.verdict else NO_BUDGET
@@ -119,7 +119,11 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str)
             os_name=plan.system.name,
             os_ids=tuple(m.OsId(id=each.id, version_id=each.version_id) for each in plan.system.ids),
             python=plan.system.python,
-            glibc=glibc,
+            glibc=pin.glibc,
+            packages=tuple(
+                m.SystemPackagePart.model_validate(each.model_dump())
+                for each in load_toolchain(plan.recipe.runtime).system_packages(pin)
+            ),
         ),
         model=m.ModelPart(
             files=paths,
@@ -130,6 +134,7 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str)
             source_bytes=opened.interface.source_bytes,
             inputs=tuple(_tensor(spec) for spec in opened.interface.inputs),
             outputs=tuple(_tensor(spec) for spec in opened.interface.outputs),
+            layout=_layout(parts),
             preprocess=preprocess.model_dump(mode="json") if preprocess else None,
             blob=_blob(parts),
         ),
@@ -169,6 +174,11 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str)
         runner=RUNNER,
         files=entries,
     )
+
+
+def _layout(parts: Parts) -> m.Layout | None:
+    path = parts.model.get("layout")
+    return None if path is None else m.Layout.model_validate_json(path.read_bytes())
 
 
 def _golden_samples(parts: Parts) -> int:

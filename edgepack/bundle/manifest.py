@@ -55,6 +55,16 @@ class OsId(Part):
     version_id: str
 
 
+class SystemPackagePart(Part):
+    """A Python package that the device's own system brings: there is no wheel of it for that machine."""
+
+    name: str
+    at_least: str
+    below: str
+    package: str
+    """What `apt install` calls it."""
+
+
 class Requires(Part):
     """What a device must have beside the target's processor."""
 
@@ -63,6 +73,7 @@ class Requires(Part):
     python: str
     glibc: str
     """Of the runtime's libraries: the oldest that loads them."""
+    packages: tuple[SystemPackagePart, ...] = ()
 
 
 class TensorPart(Part):
@@ -82,10 +93,31 @@ class BlobPart(Part):
     openvino: str
 
 
+class PortLayout(Part):
+    """How one input or output of a model in another layout is that of the user's model.
+
+    An input is transposed by `permutation` (null: as it is) and reshaped to `model_shape`; an output the other way
+    round. The device runner does it, so that every bundle of a model takes and gives the same arrays.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    position: Annotated[int, Field(ge=0)]
+    """Among the inputs or outputs of the model in the bundle."""
+    model_shape: tuple[int, ...]
+    permutation: tuple[int, ...] | None
+
+
+class Layout(Part):
+    inputs: tuple[PortLayout, ...]
+    outputs: tuple[PortLayout, ...]
+
+
 class ModelPart(Part):
     files: dict[str, str]
-    """Path in the bundle by role: `model`, `weights` where the format keeps them apart, `blob` for an NPU."""
-    format: Literal["onnx", "openvino-ir"]
+    """Path in the bundle by role: `model`; `weights` where the format keeps them apart; `blob` for an NPU; `layout` for `tflite`."""
+    format: Literal["onnx", "openvino-ir", "tflite"]
     precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
     """`-weights`: stored so, computed in float32."""
     candidate: str
@@ -94,6 +126,8 @@ class ModelPart(Part):
     source_bytes: int
     inputs: tuple[TensorPart, ...]
     outputs: tuple[TensorPart, ...]
+    layout: Layout | None = None
+    """What the file of that role says; None where inputs and outputs are as in the user's model."""
     preprocess: Facts | None = None
     blob: BlobPart | None = None
     """Of `files["blob"]`; the model beside it is what it was compiled from, and the fallback."""
