@@ -157,6 +157,7 @@ class OnDevice:
                 lib=model.lib,
                 options={**made.plan.recipe.device_options},
                 folder=here,
+                system=model.system,
                 remote=Remote(transport=self.transport, folder=folder),
             )
             yield session, model
@@ -202,4 +203,5 @@ class OnDevice:
             files={role: f"{installed.bundle}/{path}" for role, path in bundle.manifest.model.files.items()},
             options=dict(made.plan.recipe.device_options),
             threads=made.plan.target.bench.threads,
+            system=tuple(package.name for package in bundle.manifest.requires.packages),
         )

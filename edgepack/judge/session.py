@@ -45,8 +45,10 @@ class RuntimeSession:
         lib: Path | str,
         options: Mapping[str, Json],
         folder: Path,
+        system: tuple[str, ...] = (),
         remote: Remote | None = None,
     ) -> None:
+        self._system = system
         self._client, self._runtime, self._lib = client, runtime, lib
         self._options, self._folder, self._remote = dict(options), folder, remote
         self._exchanges = 0
@@ -103,6 +105,7 @@ class RuntimeSession:
             files={role: str(path) for role, path in files.items()},
             options=self._options,
             threads=1,
+            system=self._system,
         )
 
     def _alone(self, model: ModelRef, feed: Feed, fetch: Sequence[str] | None) -> Iterator[Feed]:

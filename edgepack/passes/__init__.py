@@ -7,6 +7,7 @@ from edgepack.passes.contract import Pass
 from edgepack.passes.equalise import Equalise
 from edgepack.passes.gptq import Gptq
 from edgepack.passes.half import Half
+from edgepack.passes.litert import ConvertLitert, QuantiseLitert
 from edgepack.passes.low_rank import LowRank
 from edgepack.passes.narrow import StoreNarrow
 from edgepack.passes.observe import Observe
@@ -36,5 +37,7 @@ PASSES: dict[str, Pass] = {
         ConvertOpenvino(),
         QuantiseNncf(),
         CompileNpu(),
+        ConvertLitert(),
+        QuantiseLitert(),
     )
 }

@@ -64,7 +64,10 @@ class ConvertLitert:
 
 
 class QuantiseLitert:
-    """Params: `default` and, for types of operators or names of outputs, other modes (scripts/litert_convert.py)."""
+    """Params: `default` and, for types of operators or names of outputs, other modes (scripts/litert_convert.py).
+
+    `not_static` names types that stay in float where all others become static int8.
+    """
 
     name: ClassVar[str] = "quantise-litert"
     version: ClassVar[int] = 1
@@ -75,10 +78,10 @@ class QuantiseLitert:
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         old = "tflite-runtime" in target.runtimes
-        operators: dict[str, Json] = dict.fromkeys(TFLITE_RUNTIME_FLOAT if old else (), "float")
         return {
             "default": "static",
-            "operators": operators,
+            "operators": {},
+            "not_static": list(TFLITE_RUNTIME_FLOAT if old else ()),
             "scopes": {},
             "per_tensor": [*PER_TENSOR, *(TFLITE_RUNTIME_PER_TENSOR if old else ())],
             "bits": 8,
@@ -86,6 +89,10 @@ class QuantiseLitert:
         }
 
     def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
+        settings = dict(params)
+        kept, chosen = settings.pop("not_static"), settings.pop("operators")
+        assert isinstance(kept, list) and isinstance(chosen, dict)
+        left = {str(kind): "float" for kind in kept} if params["default"] == "static" else {}
         answer = context.tool(
             {
                 "verb": "quantise",
@@ -93,7 +100,8 @@ class QuantiseLitert:
                 "layout": str(files["layout"]),
                 "output": str(context.folder),
                 "feeds": [str(path) for path in context.feed_files(CALIBRATION_SAMPLES)],
-                **dict(params),
+                "operators": {**left, **chosen},
+                **settings,
             }
         )
         types = answer.get("types")

@@ -92,9 +92,21 @@ def test_the_quantiser_gets_calibration_samples_and_the_modes_of_the_params(tmp_
 
 def test_what_the_old_runtime_computes_wrongly_is_kept_from_it() -> None:
     new, old = (params(QuantiseLitert(), target) for target in ("rpi4", "rpi3-32"))
-    assert new["operators"] == {} and new["per_tensor"] == ["BATCH_MATMUL"]
-    assert old["operators"] == {"DIV": "float", "RSQRT": "float", "SQRT": "float"}
+    assert new["not_static"] == [] and new["per_tensor"] == ["BATCH_MATMUL"]
+    assert old["not_static"] == ["DIV", "RSQRT", "SQRT"]
     assert old["per_tensor"] == ["BATCH_MATMUL", "FULLY_CONNECTED"]
+
+
+def test_what_stays_in_float_does_so_in_static_int8_alone_and_yields_to_the_recipe(tmp_path: Path) -> None:
+    converter, each = Converter(tmp_path, {"files": FILES, "types": {"INT8": 2}}), QuantiseLitert()
+    own = params(each, "rpi3-32")
+    for changes in ({"operators": {"DIV": "weights", "CONV_2D": "dynamic"}}, {"default": "dynamic"}):
+        chosen: dict[str, Json] = {**own}
+        chosen.update(changes)  # type: ignore[arg-type]
+        each.apply({"model": tmp_path, "layout": tmp_path}, chosen, converter.context)
+    static, dynamic = (request["operators"] for request in converter.requests)
+    assert static == {"DIV": "weights", "RSQRT": "float", "SQRT": "float", "CONV_2D": "dynamic"}
+    assert dynamic == {}
 
 
 @pytest.mark.parametrize("mode", ["static", "float16"])
