@@ -38,6 +38,7 @@ class ConvertLitert:
     toolchain: ClassVar[str | None] = "onnx2tf"
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ()
+    technique: ClassVar[tuple[str, ...]] = ("convert-litert",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         return {"max_relative_error": MAX_RELATIVE_ERROR}
@@ -75,6 +76,7 @@ class QuantiseLitert:
     toolchain: ClassVar[str | None] = "litert-quantizer"
     uses_calibration: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ()
+    technique: ClassVar[tuple[str, ...]] = ("convert-litert", "quantise-litert")
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
         old = "tflite-runtime" in target.runtimes

@@ -79,9 +79,9 @@ def _finish_root(root: Path) -> None:
         if not (root / link).is_symlink() and not (root / link).exists():
             (root / link).symlink_to(to)
     for library in [*root.glob("usr/lib/*/blas/lib*.so.3"), *root.glob("usr/lib/*/lapack/lib*.so.3")]:
-        link = library.parents[1] / library.name  # numpy's; update-alternatives would have made it
-        if not link.is_symlink() and not link.exists():
-            link.symlink_to(f"{library.parent.name}/{library.name}")
+        beside = library.parents[1] / library.name  # numpy's; update-alternatives would have made it
+        if not beside.is_symlink() and not beside.exists():
+            beside.symlink_to(f"{library.parent.name}/{library.name}")
     for folder in ("dev", "proc", "sys", "run", "tmp", "root"):
         (root / folder).mkdir(exist_ok=True)
     (root / "tmp").chmod(0o1777)
