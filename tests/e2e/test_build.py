@@ -270,7 +270,7 @@ def impossible_target(folder: Path) -> Path:
 
 
 def test_one_failing_target_does_not_keep_the_others_from_being_built(made: Made, tmp_path: Path) -> None:
-    board = impossible_target(tmp_path)
+    board = str(impossible_target(tmp_path))
     done = made.edgepack("build", "-t", board, "-t", "rpi4", "--json")
     assert done.exit_code == 4
     (failure,) = done.document["failures"]
@@ -285,7 +285,7 @@ def test_one_failing_target_does_not_keep_the_others_from_being_built(made: Made
 
 def test_several_targets_that_fail_for_several_reasons_are_exit_code_1(made: Made, tmp_path: Path) -> None:
     project = example(tmp_path / "project", samples=100)
-    board = impossible_target(tmp_path)
+    board = str(impossible_target(tmp_path))
     done = edgepack("build", "-t", board, "-t", "rpi4", "--json", cwd=project, cache=made.cache)
     assert done.exit_code == 1
     assert [failure["exit_code"] for failure in done.document["failures"]] == [4, 6]
