@@ -29,6 +29,10 @@ class Remote:
     """There, for the files exchanged."""
 
 
+class ModelDoesNotRunError(InputError):
+    """A runtime cannot load or run a model: the user's own, or a candidate that has an operator it lacks in int8."""
+
+
 class RuntimeSession:
     """One runner process with one runtime; a context manager that ends it.
 
@@ -66,8 +70,8 @@ class RuntimeSession:
     ) -> Iterator[Feed]:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
-        Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
-        is full, and ToolchainError when the runtime dies: no device is at fault here.
+        Raises ModelDoesNotRunError where the runtime cannot load or run the model, StorageError where this machine's
+        disk is full, and ToolchainError when the runtime dies: no device is at fault here.
         """
         model = self._model(files)
         chunks = _Chunks(feeds)
@@ -153,7 +157,7 @@ class RuntimeSession:
     def _explained(self, error: RunnerError) -> EdgepackError:
         """What a runner's failure means where it runs on this machine."""
         if error.failure in ("runtime", "bad-request"):
-            return InputError(f"the model cannot be run: {error}")
+            return ModelDoesNotRunError(f"the model cannot be run: {error}")
         if error.failure == "storage":
             return StorageError(f"{self._folder}: cannot be written: {error}; free some space and run again")
         return ToolchainError(f"{self._runtime} failed on this machine: {error}")

@@ -287,6 +287,34 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     assert evidence is not None and outcomes(evidence)["int8-w4"] == "failed" and built.plan.recipe.name == "int8"
 
 
+def test_a_candidate_that_its_runtime_does_not_take_is_dropped_and_the_next_is_tried(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreadable:
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def apply(self, files: dict[str, Path], params: dict[str, Json], context: PassContext) -> dict[str, Path]:
+            made = whole.apply(files, params, context)
+            Unreadable.calls += 1
+            if Unreadable.calls == 1:
+                made["model"].write_bytes(b"nothing that a runtime reads")
+            return made
+
+    whole = PASSES["store-narrow"]
+    monkeypatch.setitem(PASSES, "store-narrow", Unreadable())
+    cache = clean_cache(tmp_path / "cache")
+    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch)
+    (built,) = report.built
+    evidence = built.locked.evidence
+    assert evidence is not None
+    (first,) = [each for each in evidence["candidates"] if each["name"] == "int8"]  # type: ignore[union-attr,index,call-overload]
+    assert first["outcome"] == "dropped" and "the model cannot be run" in first["reason"]  # type: ignore[index,operator,call-overload]
+    assert built.plan.recipe.name != "int8"
+
+
 def outlier_project(folder: Path) -> Path:
     """Two products; into the second come values of which one channel is a thousand times the others."""
     random = np.random.default_rng(5)

@@ -26,6 +26,7 @@ from tests.support.litert import (
     make_onnx,
     picture_folder,
     picture_net,
+    quantise,
     sqnr_db,
 )
 from tests.support.runtime import lib_folder, start_runner
@@ -158,6 +159,39 @@ def test_a_file_that_is_no_model_is_the_runtimes_failure(runner: RunnerClient, t
     with pytest.raises(RunnerError) as raised:
         runner.infer(model_of("litert", tmp_path, layout=False), [], [])
     assert raised.value.failure == "runtime"
+
+
+def test_what_the_old_runtime_lacks_in_int8_is_its_failure_and_in_float_is_none(
+    runner: RunnerClient, tmp_path: Path
+) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("Sqrt", ["r"], ["y"]),
+    ]
+    weights = {"w": np.random.default_rng(1).normal(size=(8, 3, 1, 1)).astype(np.float32)}
+    convert(make_onnx(nodes, [("x", "float32", [1, 3, 4, 4])], [("y", "float32", [1, 8, 4, 4])], weights), tmp_path)
+    feed, out = str(tmp_path / "feed-0.npz"), str(tmp_path / "out.npz")
+    quantise(tmp_path, tmp_path / "int8")
+    with pytest.raises(RunnerError, match="INT8 is unsupported by op Sqrt") as raised:
+        runner.infer(model_of("tflite-runtime", tmp_path / "int8"), [feed], [out])
+    assert raised.value.failure == "runtime"
+    quantise(tmp_path, tmp_path / "mixed", operators={"SQRT": "float"})
+    runner.infer(model_of("tflite-runtime", tmp_path / "mixed"), [feed], [out])
+    with np.load(out) as found:
+        assert sqnr_db(expected(tmp_path, tmp_path)["y"], found["y"]) > 20
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_full_connections_are_right_in_both_runtimes_with_one_scale_a_tensor(
+    runtime: str, runner: RunnerClient, tmp_path: Path
+) -> None:
+    folder, out = picture_folder(), str(tmp_path / "out.npz")
+    for mode in ("static", "dynamic"):
+        quantise(folder, tmp_path / mode, default=mode, per_tensor=["FULLY_CONNECTED"])
+        runner.infer(model_of(runtime, tmp_path / mode), [str(folder / "feed-0.npz")], [out])
+        with np.load(out) as found:
+            assert sqnr_db(expected(folder, tmp_path)["logits"], found["logits"]) > 20
 
 
 # ---------------------------------------------------------------- numpy of the device's own system
