@@ -116,7 +116,8 @@ class Layout(Part):
 
 class ModelPart(Part):
     files: dict[str, str]
-    """Path in the bundle by role: `model`; `weights` where the format keeps them apart; `blob` for an NPU; `layout` for `tflite`."""
+    """Path in the bundle by role: `model`; `weights` where the format keeps them apart; `blob` for an NPU; `layout` for
+    `tflite`."""
     format: Literal["onnx", "openvino-ir", "tflite"]
     precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
     """`-weights`: stored so, computed in float32."""

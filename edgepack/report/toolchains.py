@@ -74,7 +74,13 @@ def needs_rows(found: Sequence[TargetNeeds]) -> list[Row]:
     rows: list[Row] = [("TARGET", "RUNTIME", "STATE", "TO FETCH", "COMMAND")]
     for each in found:
         rows.append(
-            (each.target, each.runtime, each.readiness, size(each.fetch_bytes), each.command or each.reason or "")
+            (
+                each.target,
+                each.runtime,
+                each.readiness,
+                size(each.fetch_bytes),
+                "; ".join(filter(None, (each.command, each.reason))),
+            )
         )
     return rows
 

@@ -18,6 +18,7 @@ from edgepack.runtimes.installation import (
     look_at,
     unused_environments,
 )
+from edgepack.runtimes.npu_compiler import WITHOUT, find_wine
 from edgepack.runtimes.wheels import wheel_path
 from edgepack.spec.target import Target
 from edgepack.spec.toolchain import Toolchain
@@ -41,6 +42,7 @@ class TargetNeeds:
     fetch_bytes: int
     """All that a first build fetches, the device's own wheels among it."""
     reason: str | None = None
+    """Why it is impossible, or what the bundle will lack."""
 
     @property
     def command(self) -> str | None:
@@ -89,7 +91,7 @@ def needs_of(
         ships = found[runtime].release_for(target.machine, system.python, system.glibc)
         # The judge runs the release that ships.
         here = [look_at(found[runtime], ships.release, host, cache)]
-        here += [_preferred(found[name], host, cache) for name in tools_for(runtime, found)]
+        here += [_preferred(found[name], host, cache) for name in tools_for(target, runtime, found)]
     except UnsupportedError as error:
         return _needs(target, runtime, "impossible here", reason=str(error))
     outside = [each.toolchain for each in here if each.state == "not for this machine"]
@@ -103,12 +105,27 @@ def needs_of(
     readiness: Readiness = (
         "needs install" if any(each.heavy for each in missing) else "fetches" if fetch or missing else "ready"
     )
-    return TargetNeeds(target=target.name, runtime=runtime, readiness=readiness, missing=names, fetch_bytes=fetch)
+    return TargetNeeds(
+        target=target.name,
+        runtime=runtime,
+        readiness=readiness,
+        missing=names,
+        fetch_bytes=fetch,
+        reason=WITHOUT if target.accelerator is not None and find_wine() is None else None,
+    )
 
 
-def tools_for(runtime: str, found: Mapping[str, Toolchain]) -> tuple[str, ...]:
-    """Toolchains that a build for `runtime` uses beside it: the reference, and the converters that serve it."""
-    converters = [name for name, toolchain in found.items() if runtime in toolchain.serves]
+def tools_for(target: Target, runtime: str, found: Mapping[str, Toolchain]) -> tuple[str, ...]:
+    """Toolchains that a build for `runtime` uses beside it: the reference, and the converters that serve it.
+
+    Without Wine none compiles for an accelerator: such a bundle carries no blob, and says so.
+    """
+    accelerator = None if target.accelerator is None or find_wine() is None else target.accelerator.kind
+    converters = [
+        name
+        for name, toolchain in found.items()
+        if runtime in toolchain.serves and toolchain.accelerator in (None, accelerator)
+    ]
     return tuple(name for name in (REFERENCE, *converters) if name != runtime)
 
 

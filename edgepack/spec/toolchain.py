@@ -147,6 +147,8 @@ class Toolchain(Spec):
     """`runtime`: shipped to devices, and used here by the judge. `converter`: an environment here only."""
     serves: tuple[str, ...] = ()
     """Of a converter: the runtimes whose models it makes."""
+    accelerator: Literal["npu"] | None = None
+    """Of a converter: it is for targets with such an accelerator only."""
     license: str
     release: Annotated[tuple[Release, ...], Field(min_length=1)]
     """The preferred first."""

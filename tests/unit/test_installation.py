@@ -200,7 +200,21 @@ def test_converters_name_runtimes_that_exist() -> None:
     for each in found.values():
         assert (each.role == "converter") == bool(each.serves), each.name
         assert all(found[runtime].role == "runtime" for runtime in each.serves)
-    assert tools_for("onnxruntime", found) == ()
+    assert tools_for(load_target("rpi4"), "onnxruntime", found) == ()
+    assert "openvino-npu" not in tools_for(load_target("x86-avx2"), "openvino", found)
+
+
+def test_the_npus_compiler_is_asked_for_where_wine_can_run_it_and_its_lack_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, target = {each.name: each for each in toolchains()}, load_target("intel-npu-4000")
+    monkeypatch.setattr("edgepack.runtimes.doctor.find_wine", object)
+    with_wine = needs_of(target, "openvino", found, HERE, cache=tmp_path)
+    assert "openvino-npu" in with_wine.missing and with_wine.reason is None
+    monkeypatch.setattr("edgepack.runtimes.doctor.find_wine", lambda: None)
+    without = needs_of(target, "openvino", found, HERE, cache=tmp_path)
+    assert "openvino-npu" not in without.missing
+    assert without.reason is not None and without.reason.startswith("no blob")
 
 
 def test_the_quantiser_brings_the_litert_that_is_shipped() -> None:
