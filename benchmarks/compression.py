@@ -46,7 +46,9 @@ from tests.support.cli import EXAMPLE, clean_cache, environment
 
 TARGETS = ("x86-avx512-vnni", "x86-avx512", "x86-avx2")
 """The first that this machine fits is built for."""
-EDGEPACK: dict[str, tuple[str, ...]] = {"edgepack build": ()}
+EDGEPACK: dict[str, tuple[str, ...]] = {
+    f"edgepack, {objective}": ("--objective", objective) for objective in ("latency", "size")
+}
 """Rows of edgepack, and what `edgepack build` is given for each."""
 TIMED_SAMPLES = 8
 
@@ -173,7 +175,9 @@ def nncf_rows(arena: Arena) -> list[Row]:
 def edgepack_row(arena: Arena, name: str, arguments: tuple[str, ...], target: str) -> Row:
     """What the command makes with nothing cached but unpacked runtimes."""
     print(f"  {name}", file=sys.stderr, flush=True)
-    cache, output = arena.folder / f"cache-{len(arguments)}", arena.folder / f"dist-{len(arguments)}"
+    own = arena.folder / "-".join(arguments)
+    cache, output = own / "cache", own / "dist"
+    own.mkdir()
     argv = [sys.executable, "-m", "edgepack", "build", "--project", str(arena.project_file), "--target", target]
     argv += ["--output", str(output), "--update-lock", "--accept-unresolved", "--json", *arguments]
     usage = watch(argv, cwd=arena.folder, env=environment(clean_cache(cache)))
@@ -185,7 +189,7 @@ def edgepack_row(arena: Arena, name: str, arguments: tuple[str, ...], target: st
     bundle = open_bundle(Path(document["bundles"][0]["path"]))
     manifest = bundle.manifest
     files = {role: bundle.extract(path, output) for role, path in manifest.model.files.items()}
-    passes = ", ".join(each.name for each in manifest.passes)
+    passes = f"{document['bundles'][0]['candidate']}: {', '.join(each.name for each in manifest.passes)}"
     options = manifest.runtime.options
     made = Made(name=name, runtime=manifest.runtime.name, files=files, options=options, usage=usage, note=passes)
     return arena.row(made)

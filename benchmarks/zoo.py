@@ -2,7 +2,8 @@
 
 meta.json says how samples are stored: `data` "npz" (calib.npz, eval.npz with `labels`) or "images" (pictures named by
 labels.csv, and a folder calib); for pictures `mean`, `std`, `channels` and, where they are padded, `height` and
-`pad_width`; `labels` "int" or "text"; `output`, the judged one. Nothing is copied: projects point there.
+`pad_width`; `labels` "int" (the default), "text", or words with "leave out" where they are 1, 0 and -1; `output`, the
+judged one. Nothing is copied: projects point there.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def _preprocess(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _metric(source: Path, meta: Mapping[str, Any]) -> list[str]:
-    if meta["labels"] == "text":
+    labels = meta.get("labels", "int")
+    if labels == "text":
         return ['name = "exact-match"', f"charset = {json.dumps(str(source / 'dict.txt'))}"]
-    if "leave out" in meta["labels"]:
+    if "leave out" in labels:
         return ['name = "binary"', "ignore = -1"]
     return ['name = "top1"']
 

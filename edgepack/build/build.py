@@ -274,7 +274,7 @@ class _Job:
         try:
             facts = locked.candidate
             base = next(plan.recipe for plan in plans if plan.recipe.name == facts["base"])
-            uses = tuple(_use(table) for table in facts["passes"])  # type: ignore[union-attr]
+            uses = _uses(facts["passes"])
             return self.plan(replace(base, name=str(facts["name"]), why=str(facts["why"]), passes=uses))
         except (KeyError, TypeError, StopIteration, ValueError) as error:
             raise InputError(
@@ -424,6 +424,13 @@ class _Job:
             model_bytes=manifest.sizes.model,
             cached=cached,
         )
+
+
+def _uses(passes: Json) -> tuple[Use, ...]:
+    """The passes of a lock's candidate. Raises KeyError or TypeError."""
+    if not isinstance(passes, list):
+        raise TypeError(f"'passes' is {passes!r:.40}")
+    return tuple(_use(table) for table in passes)
 
 
 def _use(table: Json) -> Use:

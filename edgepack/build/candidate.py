@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from edgepack.bench.versus import SpeedRatio
@@ -39,10 +39,8 @@ class Candidate:
     stopped_early: bool = False
     drift: DriftReport | None = None
     speed: SpeedRatio | None = None
-    build_s: float | None = None
     outcome: Outcome = "not tried"
     reason: str = ""
-    extra: dict[str, Json] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -94,14 +92,15 @@ class Candidate:
                 each.name: {"cosine": each.cosine, "sqnr_db": each.sqnr_db, "kl": each.kl_nats}
                 for each in self.drift.outputs
             },
-            "speed": None if self.speed is None else speed_json(self.speed) | {"where": where},
+            "speed": None if self.speed is None else speed_json(self.speed, where),
             "outcome": self.outcome,
             "reason": self.reason,
             "front": front,
         }
 
 
-def speed_json(speed: SpeedRatio) -> dict[str, Json]:
+def speed_json(speed: SpeedRatio, where: str) -> dict[str, Json]:
+    """A comparison in the evidence; `where` it was timed."""
     return {
         "ratio": speed.ratio,
         "interval": None if speed.interval is None else list(speed.interval),
@@ -112,6 +111,7 @@ def speed_json(speed: SpeedRatio) -> dict[str, Json]:
         "baseline_ms": speed.baseline_ms,
         "candidate_ms": speed.candidate_ms,
         "disturbances": [reason.message for reason in speed.disturbances],
+        "where": where,
     }
 
 

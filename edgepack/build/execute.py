@@ -128,6 +128,11 @@ def seconds_of(plan: BuildPlan, store: Store) -> float:
     return sum(float(str(record.facts.get("seconds", 0.0))) for record in records if record is not None)
 
 
+def bytes_of(record: StepRecord, store: Store) -> int:
+    """Of all files that a step made."""
+    return sum(store.blob_path(digest).stat().st_size for digest in record.files.values())
+
+
 ROLES = {
     ".onnx": "model",
     ".xml": "model",

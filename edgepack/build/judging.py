@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pydantic
@@ -105,11 +105,7 @@ class Judge:
 
         def measure() -> dict[str, Json]:
             self.bench.say(f"{made.plan.target.name}: robustness of {made.plan.recipe.name}")
-            with (
-                self.bench.store.workspace() as folder,
-                self._reference(made.plan, folder) as reference,
-                self.arena.run(made) as candidate,
-            ):
+            with self._reference(made.plan) as reference, self.arena.run(made) as candidate:
                 report = assess(
                     data,
                     self.opened.metric,
@@ -192,19 +188,22 @@ class Judge:
         enough: Callable[[Compared], bool] | None = None,
     ) -> Compared:
         """Run fp32 (the canonical model in onnxruntime, here) and the candidate (in what ships) side by side."""
-        with (
-            self.bench.store.workspace() as folder,
-            self._reference(made.plan, folder) as reference,
-            self.arena.run(made) as candidate,
-        ):
+        with self._reference(made.plan) as reference, self.arena.run(made) as candidate:
             return compare(data, self.opened.metric, reference, candidate, watcher=watcher, enough=enough)
 
-    def _reference(self, plan: BuildPlan, folder: Path) -> _Reference:
+    @contextlib.contextmanager
+    def _reference(self, plan: BuildPlan) -> Iterator[Run]:
+        """The fp32 model as a function over feeds."""
         canonical = self.bench.store.recall(plan.steps[0].key)
         if canonical is None:
             raise InputError(f"{plan.target.name}: the store lost the canonical model while it was built; run again")
         version = plan.runtime_version if plan.recipe.runtime == "onnxruntime" else None
-        return _Reference(self.bench, model_files(canonical, self.bench.store, folder), version)
+        with (
+            self.bench.store.workspace() as folder,
+            self.bench.session("onnxruntime", version, ONNXRUNTIME_OPTIONS) as session,
+        ):
+            files = model_files(canonical, self.bench.store, folder)
+            yield lambda feeds: session.run(files, feeds)
 
     def _surely_missed(self, samples: int) -> Callable[[Compared], bool]:
         """Whether what was seen at one of LOOKS equal parts says that the drop is beyond the limit."""
@@ -219,21 +218,6 @@ class Judge:
             return verdict.interval is None or verdict.interval[0] > verdict.max_drop
 
         return enough
-
-
-class _Reference:
-    """The fp32 model as a function over feeds; a context manager."""
-
-    def __init__(self, bench: Workbench, files: Mapping[str, Path], version: str | None) -> None:
-        self._files = files
-        self._session = bench.session("onnxruntime", version, ONNXRUNTIME_OPTIONS)
-
-    def __enter__(self) -> Run:
-        session = self._session.__enter__()
-        return lambda feeds: session.run(self._files, feeds)
-
-    def __exit__(self, *error: object) -> None:
-        self._session.__exit__(*error)  # type: ignore[arg-type]
 
 
 def plain(verdict: Verdict) -> dict[str, Json]:

@@ -13,7 +13,7 @@ from edgepack.bench.versus import SpeedRatio
 from edgepack.build.arena import Here, Made
 from edgepack.build.build import plan_for
 from edgepack.build.candidate import speed_json
-from edgepack.build.execute import Workbench, execute, seconds_of
+from edgepack.build.execute import Workbench, bytes_of, execute, seconds_of
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Judge
 from edgepack.build.lock import verdict_from
@@ -45,6 +45,8 @@ class TechniqueRow:
     robustness_drop: float | None = None
     """Mean over corruptions; None where the data cannot be corrupted."""
     speed: SpeedRatio | None = None
+    where: str
+    """The machine that it ran and was timed on."""
     build_s: float | None = None
     """Of its passes alone, when they were run."""
     reason: str = ""
@@ -64,7 +66,7 @@ class TechniqueRow:
             "interval": None if verdict is None or verdict.interval is None else list(verdict.interval),
             "samples": None if verdict is None else verdict.samples,
             "robustness_drop": self.robustness_drop,
-            "speed": None if self.speed is None else speed_json(self.speed),
+            "speed": None if self.speed is None else speed_json(self.speed, self.where),
             "build_s": self.build_s,
             "reason": self.reason,
         }
@@ -138,14 +140,15 @@ def _row(
 ) -> TechniqueRow:
     opened, bench, target = judge.opened, judge.bench, baseline.plan.target
     plan = plan_for(opened, target, target.os_named(), recipe, bench)
-    row = TechniqueRow(name=recipe.name, combined=combined, passes=tuple(use.name for use in recipe.passes))
+    passes = tuple(use.name for use in recipe.passes)
+    row = TechniqueRow(name=recipe.name, combined=combined, passes=passes, where=judge.arena.where)
     try:
         made = Made(plan=plan, record=execute(plan, opened, bench))
     except (UnsupportedError, PassDefect) as error:
         return replace(row, reason=str(error))
     return replace(
         row,
-        bytes=sum(bench.store.blob_path(digest).stat().st_size for digest in made.record.files.values()),
+        bytes=bytes_of(made.record, bench.store),
         verdict=verdict_from(judge.gate(made, opened.evaluation)),
         robustness_drop=_robustness(made, judge) if robustness else None,
         speed=judge.speed(baseline, made) if measure_speed else None,

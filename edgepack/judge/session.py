@@ -16,7 +16,7 @@ from edgepack.protocol import Kernels, ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
 from edgepack.transports.base import Transport
 
-CHUNK_BYTES = 4 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
+CHUNK_BYTES = 2 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
 CHUNK_FEEDS = 64  # with some hundred outputs of one number each, what holds an array weighs more than what is in it
 
 

@@ -24,6 +24,7 @@ from edgepack.passes.gptq_core import factor, layer_cost, round_at, search_scale
 from edgepack.passes.layer_rows import LayerMatrix, Matrix, RowProbe, layer_matrix, row_probe, static_shapes
 from edgepack.passes.row_moments import Moments, MomentStream
 from edgepack.passes.sensitivity import OutputError
+from edgepack.store import Json
 
 PROBE_TOP = 3  # integers of the coarse rounding by which a sensitivity is measured: about as coarse as what comes out
 GROUPED_SHARE = 4  # a depthwise kernel has some ten columns: a quarter of the rows says all about them
@@ -43,6 +44,43 @@ class SweepSettings:
     damping: float
     sensitivity_samples: int
     seed: int
+
+
+NARROWING: dict[str, Json] = {
+    "macs_share": 0.7,
+    "multiple": 16,
+    "samples": None,
+    "rows_per_sample": 64,
+    "sensitivity_samples": 128,
+    "stages": 12,
+    "max_columns": 9216,
+    "seed": 0,
+}
+"""Params of the passes that take arithmetic out of layers, by default. `macs_share`: what is left of it, 1 changes
+nothing; `multiple`: of every changed width or rank."""
+
+
+def read_narrowing(who: str, params: Mapping[str, Json]) -> tuple[float, int]:
+    """(macs_share, multiple). Raises InputError where they make no sense."""
+    share, multiple = float(str(params["macs_share"])), int(str(params["multiple"]))
+    if not 0 < share <= 1 or multiple < 1:
+        raise InputError(f"{who}: macs_share {share} and multiple {multiple}; above 0 up to 1, and 1 or more")
+    return share, multiple
+
+
+def sweep_settings(params: Mapping[str, Json], *, prefix: str, damping: float) -> SweepSettings:
+    """Of a pass's params; `prefix` and `damping` are the pass's own."""
+    samples = params["samples"]
+    return SweepSettings(
+        prefix=prefix,
+        stages=int(str(params["stages"])),
+        rows_per_sample=int(str(params["rows_per_sample"])),
+        samples=None if samples is None else int(str(samples)),
+        max_columns=int(str(params["max_columns"])),
+        damping=damping,
+        sensitivity_samples=int(str(params["sensitivity_samples"])),
+        seed=int(str(params["seed"])),
+    )
 
 
 class LayerSweep:

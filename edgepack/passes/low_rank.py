@@ -25,7 +25,7 @@ from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
 from edgepack.passes.contract import PassContext, read_onnx, require_static_inputs, same_interface
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix
-from edgepack.passes.layer_sweep import LayerSweep, SweepSettings
+from edgepack.passes.layer_sweep import NARROWING, LayerSweep, read_narrowing, sweep_settings
 from edgepack.passes.row_moments import Moments
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
@@ -69,16 +69,7 @@ class LowRank:
     technique: ClassVar[tuple[str, ...]] = ("low-rank",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
-        return {
-            "macs_share": 0.7,
-            "multiple": 16,
-            "samples": None,
-            "rows_per_sample": 64,
-            "sensitivity_samples": 128,
-            "stages": 12,
-            "max_columns": 9216,
-            "seed": 0,
-        }
+        return dict(NARROWING)
 
     def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
         """`macs_share`: multiply-accumulates left, of those in layers with weights; 1 changes nothing.
@@ -86,9 +77,7 @@ class LowRank:
         Raises InputError where the share cannot be reached, UnsupportedError where nothing can be factored.
         """
         before = read_onnx(files)
-        share, multiple = float(str(params["macs_share"])), int(str(params["multiple"]))
-        if not 0 < share <= 1 or multiple < 1:
-            raise InputError(f"{self.name}: macs_share {share} and multiple {multiple}; above 0 up to 1, and 1 or more")
+        share, multiple = read_narrowing(self.name, params)
         refuse_quantised(before)
         require_static_inputs(before, self.name)
         after = before if share == 1 else self._factor(before, share, multiple, params, context)
@@ -104,16 +93,7 @@ class LowRank:
         params: Mapping[str, Json],
         context: PassContext,
     ) -> onnx.ModelProto:
-        settings = SweepSettings(
-            prefix=PREFIX,
-            stages=int(str(params["stages"])),
-            rows_per_sample=int(str(params["rows_per_sample"])),
-            samples=None if params["samples"] is None else int(str(params["samples"])),
-            max_columns=int(str(params["max_columns"])),
-            damping=DAMPING,
-            sensitivity_samples=int(str(params["sensitivity_samples"])),
-            seed=int(str(params["seed"])),
-        )
+        settings = sweep_settings(params, prefix=PREFIX, damping=DAMPING)
         sweep = LayerSweep(before, weighted_nodes(before), settings, context.activations)
         factors, whole = _measure(sweep)
         usable = {name: each for name, each in factors.items() if each.ranks(multiple)}

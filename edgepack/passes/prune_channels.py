@@ -24,7 +24,7 @@ from edgepack.passes.channel_sets import ChannelSets, Family, keep_mask
 from edgepack.passes.contract import PassContext, PassDefect, read_onnx, require_static_inputs, same_interface
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix, layer_matrix, static_shapes
-from edgepack.passes.layer_sweep import LayerSweep, SweepSettings
+from edgepack.passes.layer_sweep import NARROWING, LayerSweep, read_narrowing, sweep_settings
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -62,16 +62,7 @@ class PruneChannels:
     technique: ClassVar[tuple[str, ...]] = ("prune-channels",)
 
     def params_for(self, project: Project, target: Target) -> dict[str, Json]:
-        return {
-            "macs_share": 0.7,
-            "multiple": 16,
-            "samples": None,
-            "rows_per_sample": 64,
-            "sensitivity_samples": 128,
-            "stages": 12,
-            "max_columns": 9216,
-            "seed": 0,
-        }
+        return dict(NARROWING)
 
     def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
         """`macs_share`: multiply-accumulates left, as a share; 1 changes nothing. `multiple`: of every changed width.
@@ -79,9 +70,7 @@ class PruneChannels:
         Raises InputError where the share cannot be reached, UnsupportedError where nothing can be pruned.
         """
         before = read_onnx(files)
-        share, multiple = float(str(params["macs_share"])), int(str(params["multiple"]))
-        if not 0 < share <= 1 or multiple < 1:
-            raise InputError(f"{self.name}: macs_share {share} and multiple {multiple}; above 0 up to 1, and 1 or more")
+        share, multiple = read_narrowing(self.name, params)
         refuse_quantised(before)
         require_static_inputs(before, self.name)
         after = before if share == 1 else self._prune(before, share, multiple, params, context)
@@ -100,7 +89,7 @@ class PruneChannels:
         shapes = static_shapes(onnx.shape_inference.infer_shapes(before, data_prop=True))
         sets = ChannelSets(before, shapes)
         nodes = {n: node for n, node in weighted_nodes(before).items() if n in sets.readers or n in sets.depthwise}
-        settings = _settings(params)
+        settings = sweep_settings(params, prefix=PREFIX, damping=DAMPING)
         sweep = LayerSweep(before, nodes, settings, context.activations)
         choices = _choices(sets, sweep, multiple)
         if not choices:
@@ -117,20 +106,6 @@ class PruneChannels:
         if any(width % multiple for width in narrow if width not in {len(c.family.channels) for c in choices}):
             raise PassDefect(f"{self.name}: widths {sorted(narrow)} are not all multiples of {multiple}")
         return after
-
-
-def _settings(params: Mapping[str, Json]) -> SweepSettings:
-    samples = params["samples"]
-    return SweepSettings(
-        prefix=PREFIX,
-        stages=int(str(params["stages"])),
-        rows_per_sample=int(str(params["rows_per_sample"])),
-        samples=None if samples is None else int(str(samples)),
-        max_columns=int(str(params["max_columns"])),
-        damping=DAMPING,
-        sensitivity_samples=int(str(params["sensitivity_samples"])),
-        seed=int(str(params["seed"])),
-    )
 
 
 def choose(choices: Sequence[_Choice], arithmetic: _Arithmetic, share: float, multiple: int) -> set[int]:

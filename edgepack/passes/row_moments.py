@@ -15,7 +15,7 @@ from edgepack.passes.layer_rows import Matrix
 Rows = NDArray[np.floating]
 
 CHUNK_SAMPLES = 32  # their mean and variance put all rows on one scale before they are squared and summed
-CHUNK_BYTES = 1 << 20  # of rows waiting to be multiplied in one go; they take some six times that while they are
+CHUNK_BYTES = 16 << 20  # of rows waiting to be multiplied in one go; they take some six times that while they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

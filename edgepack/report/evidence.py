@@ -65,7 +65,8 @@ class Speed(Part):
     verdict: str
     baseline_ms: float
     candidate_ms: float
-    where: str
+    where: str = ""
+    """The machine; empty in evidence that says it of the chosen one alone."""
 
 
 class Candidate(Part):
@@ -143,8 +144,11 @@ class Evidence(Part):
     baseline: Baseline
     candidates: tuple[Candidate, ...]
     sensitivity: tuple[Layer, ...] = ()
-    gate: Gate | None
-    robustness: Robustness | None
+    gate: Gate | None = None
+    """None where the build ended before it."""
+    robustness: Robustness | None = None
+    speed: Speed | None = None
+    """Of the chosen one, and where it was measured; None where it was not."""
 
     @property
     def chosen(self) -> Candidate | None:

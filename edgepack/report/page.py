@@ -170,7 +170,9 @@ def _row(evidence: Evidence, candidate: Candidate, number: int) -> Row:
     size, selection, speed = candidate.bytes, candidate.selection, candidate.speed
     detail = ""
     if speed is not None:
-        detail = f"{speed.candidate_ms:.3g} ms against {speed.baseline_ms:.3g} ms of fp32, measured on {speed.where}"
+        where = speed.where or (evidence.speed.where if evidence.speed else "")
+        detail = f"{speed.candidate_ms:.3g} ms against {speed.baseline_ms:.3g} ms of fp32, in turns"
+        detail += f" on {where}" if where else ""
     return Row(
         number=number,
         name=candidate.name,

@@ -378,8 +378,13 @@ def test_a_really_full_disk_and_one_that_is_read_only(whole: Path, tmp_path: Pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("size_kib", [100, 700, 1700, 2600])
-@pytest.mark.parametrize("target", ["rpi4", "intel-npu"])
+@pytest.mark.parametrize(
+    ("target", "size_kib"),
+    [
+        *[("rpi4", size) for size in (100, 700, 1300, 1600)],  # the whole build takes about 1,800
+        *[("intel-npu", size) for size in (100, 700, 1700, 2600)],
+    ],
+)
 def test_a_full_cache_disk_is_said_so_whatever_is_written_when_it_fills_up(
     whole: Path, tmp_path: Path, target: str, size_kib: int
 ) -> None:

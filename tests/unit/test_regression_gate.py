@@ -86,6 +86,16 @@ def test_an_equal_result_passes_a_slower_one_fails_and_what_lies_between_is_open
     assert check("p50 > +3%", document(quiet[:3]), document(quiet[:3])).outcome == "unresolved"
 
 
+def test_where_only_the_slower_processes_differ_a_neighbour_is_to_blame_and_not_the_model() -> None:
+    quiet = [2.0, 2.002, 1.999, 2.001, 2.003]
+    loaded = [2.001, 2.2, 2.25, 2.21, 2.3, 2.4, 2.2, 2.3]  # one process got the device for itself
+    found = check("p50 > +3%", document(quiet * 2), document(loaded))
+    assert found.outcome == "unresolved" and "+0.10% between the best processes" in found.why
+    # A baseline that was loaded does not hide a slowdown either.
+    hidden = check("p50 > +3%", document(loaded), document([value * 1.05 for value in quiet * 2]))
+    assert hidden.outcome == "unresolved"
+
+
 def test_throughput_fails_where_it_falls() -> None:
     offline = {"settings": {"scenario": "offline"}}
     quick, slow = document([2.0, 2.01, 1.99, 2.0, 2.0], **offline), document([2.2, 2.21, 2.19, 2.2, 2.2], **offline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgepack.errors import InputError
+from edgepack.errors import InputError, StorageError
 from edgepack.judge import session as module
 from edgepack.judge.session import RuntimeSession
 from tests.support.runtime import lib_folder, start_runner
@@ -86,3 +87,16 @@ def test_what_a_model_refuses_is_said_whether_alone_or_among_others(session: Run
         with pytest.raises(InputError, match=r"cannot be run: .*float64; the model takes"):
             list(session.run(files, given))
     assert list(tmp_path.iterdir()) == [tmp_path / "model.onnx"]
+
+
+def test_a_full_disk_is_said_so_with_the_file_that_did_not_fit(session: RuntimeSession, tmp_path: Path) -> None:
+    """The limit on a file's size stands in for it."""
+    files = save(tmp_path / "model.onnx", [helper.make_node("Neg", ["file"], ["y"])], (TensorProto.FLOAT, [4]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"feeds-\d+\.npz: larger than a file may be here"):
+            list(session.run(files, feeds(3)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(list(session.run(files, feeds(3)))) == 3

@@ -178,6 +178,10 @@ def in_wine(request: dict[str, Any], scratch: Path) -> dict[str, object]:
     return {"compiler": compiler_version(int(words["compiler"])), "openvino": words["version"], "route": "wine"}
 
 
+FULL_DISK = re.compile("No space left on device|NoSpaceLeft")
+"""As Wine (strerror, in the C locale) and zig say it."""
+
+
 def build_client(lib: str, scratch: Path) -> None:
     """npu_compile.exe, by zig; its cache stays in the scratch folder: 1 MB."""
     zig = [str(Path(lib, "ziglang", "zig")), *ZIG_ARGUMENTS, str(SOURCE), "-lkernel32", "-o", "npu_compile.exe"]
@@ -185,7 +189,8 @@ def build_client(lib: str, scratch: Path) -> None:
     environ = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache, "PATH": os.defpath, "HOME": cache}
     said = run(zig, scratch, environ=environ, timeout_s=300)
     if not (scratch / "npu_compile.exe").is_file():
-        raise base.Failure("runtime", f"zig did not build {SOURCE.name}: {said.strip()[-500:]}")
+        kind = "storage" if FULL_DISK.search(said) else "runtime"
+        raise base.Failure(kind, f"zig did not build {SOURCE.name}: {said.strip()[-500:]}")
 
 
 def make_prefix(dlls: str, prefix: Path) -> None:
@@ -248,6 +253,8 @@ def run(argv: list[str], folder: Path, *, environ: dict[str, str], timeout_s: in
 def explained(said: str, platform: str) -> tuple[str, str]:
     """Kind and message for what the client printed before it ended."""
     lines = [line.strip() for line in said.splitlines()]
+    if FULL_DISK.search(said):
+        return "storage", f"the NPU compiler could not write its files ({' '.join(lines[-1:])})"
     place = next((i for i, line in enumerate(lines) if line.startswith("failed ")), None)
     if place is None:
         return "runtime", f"the NPU compiler ended without a word ({' '.join(lines[-1:]) or 'nothing printed'})"
