@@ -17,6 +17,8 @@ from edgepack.transports import emulation, emulation_host
 from edgepack.transports.emulation import EmulatedDevice
 from tests.support.cli import clean_cache, edgepack, example
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 NAME = f"t{os.getpid()}-litert"
 
@@ -136,7 +138,6 @@ def ssh(device: EmulatedDevice, command: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.mark.full
 def test_a_litert_bundle_is_healthy_on_an_emulated_cortex_a72(project: Path, cache: Path, rpi4: EmulatedDevice) -> None:
     bundle, device = bundle_for("rpi4-litert", project), f"emulated:{rpi4.name}"
     done = edgepack("bench", bundle, "--device", device, "--json", cwd=project, cache=cache, timeout_s=900)
@@ -146,7 +147,6 @@ def test_a_litert_bundle_is_healthy_on_an_emulated_cortex_a72(project: Path, cac
     assert done.document["latency_ms"] is None
 
 
-@pytest.mark.full
 def test_a_tflite_bundle_is_healthy_on_an_emulated_32_bit_arm_and_refused_without_its_numpy(
     project: Path, cache: Path, rpi3: EmulatedDevice
 ) -> None:

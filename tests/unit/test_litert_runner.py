@@ -161,6 +161,7 @@ def test_a_file_that_is_no_model_is_the_runtimes_failure(runner: RunnerClient, t
     assert raised.value.failure == "runtime"
 
 
+@pytest.mark.full
 def test_what_the_old_runtime_lacks_in_int8_is_its_failure_and_in_float_is_none(
     runner: RunnerClient, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_what_the_old_runtime_lacks_in_int8_is_its_failure_and_in_float_is_none(
         assert sqnr_db(expected(tmp_path, tmp_path)["y"], found["y"]) > 20
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_full_connections_are_right_in_both_runtimes_with_one_scale_a_tensor(
     runtime: str, runner: RunnerClient, tmp_path: Path

@@ -111,6 +111,7 @@ def test_the_source_is_left_as_it_was_and_nothing_else_stays(tmp_path: Path) -> 
     assert left_in(tmp_path) == ["model.layout", "model.tflite", "out"]
 
 
+@pytest.mark.full
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert ask(request_for(picture_folder(), tmp_path / "again"))["ok"]
     for name in ("model.tflite", "model.layout"):
@@ -211,6 +212,7 @@ def test_a_converter_that_crashes_or_lies_is_told_and_leaves_nothing(body: str, 
     assert [name for name in left_in(tmp_path / "out") if "tflite" in name and not name.startswith("model_")] == []
 
 
+@pytest.mark.full
 def test_a_converter_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     body = f"import subprocess\nchild = subprocess.Popen(['sleep', '600'])\npathlib.Path({str(pid)!r}).write_text("
