@@ -11,8 +11,8 @@ processes each, as `bench --against` does. Then 200 comparisons are drawn from w
   machine changed in between is in it.
 
 A true slowdown of 5 % is the same with the candidate's times multiplied by 1.05. The limit is `p50 > +3%`. Exits with 1
-where there are more false alarms either way, or fewer slowdowns are found in turns. How many two results find depends
-on how quiet the machine is, and is printed; what is not found should be unresolved, and not passed.
+where there are more false alarms either way, or fewer slowdowns are found in turns. What two results find depends on
+how quiet the machine is, and is printed; what is not found should be unresolved, and not passed.
 """
 
 from __future__ import annotations

@@ -6,39 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from edgepack.bench.contact import CONTACT_TIMEOUT_S, Interpreter, first_words
 from edgepack.bundle.bundle import Bundle
-from edgepack.bundle.manifest import Requires, SystemPackagePart
-from edgepack.errors import DeviceError, UnsupportedError
+from edgepack.bundle.manifest import Requires
+from edgepack.errors import UnsupportedError
 from edgepack.protocol import Probe
 from edgepack.spec.toolchain import SystemPackage
 from edgepack.transports.base import Transport
 
-CONTACT_TIMEOUT_S = 30.0
-
-CONTACT = r"""
-echo "machine=$(uname -m)"; echo "kernel=$(uname -sr)"
-sed -n -e 's/^ID=/os_id=/p' -e 's/^VERSION_ID=/os_version=/p' /etc/os-release 2>/dev/null
-for name in "$1" python3 "/usr/bin/$1" /usr/bin/python3; do
-  path=$(command -v "$name") || continue
-  found=$("$path" -I -S -c "$2" 2>/dev/null) || continue
-  echo "python=$path $found"
-  case $found in "${1#python}".*) break ;; esac
-done
-exit 0
-"""
-"""POSIX sh: $1 is the interpreter that the bundle wants, $2 what it is asked. No file is read or written but these."""
-
-ASK_PYTHON = """import os, struct, sys
-names = getattr(os, "confstr_names", {})
-libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in names else None
-print("%d.%d.%d" % sys.version_info[:3], struct.calcsize("P") * 8, (libc or "unknown").replace(" ", "-"))
-"""
-
 ASK_PACKAGE = "import importlib, sys; print(importlib.import_module(sys.argv[1]).__version__)"
-
-SPELLINGS = {"arm64": "aarch64", "amd64": "x86_64", "armv8l": "armv7l"}
-BELOW_64_BIT_KERNEL = {"aarch64": "armv7l", "x86_64": "i686"}
-"""Raspberry Pi OS runs 32-bit programs on a 64-bit kernel; what counts is what Python was built for."""
 
 PROBE_FILES = (
     "/proc/cpuinfo",
@@ -61,6 +37,7 @@ PROBE_COMMANDS = (
 )
 
 ARM_PARTS = {
+    "0xc07": "Cortex-A7",
     "0xd03": "Cortex-A53",
     "0xd04": "Cortex-A35",
     "0xd05": "Cortex-A55",
@@ -127,26 +104,16 @@ def make_contact(bundle: Bundle, transport: Transport) -> Contact:
     Raises UnsupportedError where the device cannot run the bundle, DeviceError where it cannot be reached.
     """
     requires = bundle.manifest.requires
-    argv = ["sh", "-c", CONTACT, "sh", f"python{requires.python}", ASK_PYTHON]
-    done = transport.run(argv, timeout_s=CONTACT_TIMEOUT_S * (10 if transport.emulated else 1))
-    lines = [line.partition("=") for line in done.stdout.decode("utf-8", "replace").splitlines()]
-    said = {key: value.strip().strip('"') for key, _, value in lines}
-    if done.exit_code != 0 or not said.get("machine"):
-        stderr = done.stderr.decode("utf-8", "replace").strip()[-500:]
-        raise DeviceError(f"{transport.name}: no POSIX shell there? exit code {done.exit_code}: {stderr}")
-    pythons = [value.split() for key, _, value in lines if key == "python"]
-    fitting = [words for words in pythons if words[1].startswith(f"{requires.python}.")]
-    machine = SPELLINGS.get(said["machine"], said["machine"])
-    if any(words[2] == "32" for words in fitting or pythons):
-        machine = BELOW_64_BIT_KERNEL.get(machine, machine)
+    said = first_words(transport, f"python{requires.python}")
+    fitting = [each for each in said.pythons if each.version.startswith(f"{requires.python}.")]
+    machine = said.machine_for(fitting or said.pythons)
     _check_architecture(bundle, transport.name, machine)
-    system = f"{said.get('os_id', 'unknown')}-{said.get('os_version', '')}".rstrip("-")
     if not fitting:
-        raise UnsupportedError(f"{transport.name}: {_python_is_wrong(requires, pythons, system)}")
-    _check_libc(requires, transport.name, fitting[0][3], system)
+        raise UnsupportedError(f"{transport.name}: {_python_is_wrong(requires, said.pythons, said.system)}")
+    _check_libc(requires, transport.name, fitting[0].libc, said.system)
     for package in requires.packages:
-        _check_package(package, transport, fitting[0][0])
-    return Contact(machine=machine, python=fitting[0][0])
+        _check_package(package, transport, fitting[0].path)
+    return Contact(machine=machine, python=fitting[0].path)
 
 
 def _check_architecture(bundle: Bundle, where: str, machine: str) -> None:
@@ -158,14 +125,14 @@ def _check_architecture(bundle: Bundle, where: str, machine: str) -> None:
         )
 
 
-def _python_is_wrong(requires: Requires, pythons: list[list[str]], system: str) -> str:
+def _python_is_wrong(requires: Requires, pythons: tuple[Interpreter, ...], system: str) -> str:
     wanted = f"the bundle was built for {requires.os_name} and needs Python {requires.python}"
     named = {f"{each.id}-{each.version_id}" for each in requires.os_ids}
     if system in named:
         cure = f"install it there: apt install python{requires.python}"
     else:
         cure = f"build the bundle for this system with --os ({system}), or install python{requires.python} there"
-    found = ", ".join(sorted({words[1] for words in pythons}))
+    found = ", ".join(sorted({each.version for each in pythons}))
     return f"{f'Python {found}' if found else 'no python3'} on {system}; {wanted}; {cure}"
 
 
@@ -179,17 +146,16 @@ def _check_libc(requires: Requires, where: str, libc: str, system: str) -> None:
         )
 
 
-def _check_package(package: SystemPackagePart, transport: Transport, python: str) -> None:
+def _check_package(package: SystemPackage, transport: Transport, python: str) -> None:
     """Ask the device's Python for what the bundle does not bring; it has to load, not only to be there."""
     argv = [python, "-I", "-c", ASK_PACKAGE, package.name]
     done = transport.run(argv, timeout_s=CONTACT_TIMEOUT_S * (10 if transport.emulated else 1))
     found = done.stdout.decode("utf-8", "replace").strip() if done.exit_code == 0 else None
-    wanted = SystemPackage.model_validate(package.model_dump())
-    if found is None or not wanted.takes(found):
+    if found is None or not package.takes(found):
         last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"])[-1]
         what = f"{package.name} {found}" if found else f"no {package.name} that loads ({last})"
         raise UnsupportedError(
-            f"{transport.name}: {what} for {python}; the bundle needs {wanted}, which it does not bring, as there is "
+            f"{transport.name}: {what} for {python}; the bundle needs {package}, which it does not bring, as there is "
             f"no wheel of it for this machine: apt install {package.package}; nothing was installed"
         )
 
@@ -206,7 +172,7 @@ def read_machine(transport: Transport, contact: Contact, probe: Probe) -> Machin
         name=transport.name,
         machine=contact.machine,
         board=board or None,
-        cpu_model=_cpu_model(cpuinfo),
+        cpu_model=cpu_model(cpuinfo),
         cpus=probe.cpus,
         memory_mib=int(memory.group(1)) // 1024 if memory else None,
         os=os_release.get("PRETTY_NAME"),
@@ -297,7 +263,7 @@ def cpu_flags(cpuinfo: str) -> frozenset[str]:
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
-def _cpu_model(cpuinfo: str) -> str | None:
+def cpu_model(cpuinfo: str) -> str | None:
     """`model name` on x86; on ARM the kinds of core, which a big.LITTLE board has several of."""
     parts = dict.fromkeys(value for key, value in _pairs(cpuinfo, ":") if key == "CPU part")
     if parts:

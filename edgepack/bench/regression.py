@@ -27,9 +27,9 @@ LAST = "last"
 class GateRequest:
     """What the command line asks for."""
 
-    conditions: tuple[Condition, ...]
-    baseline: str | None
-    accept_unresolved: bool
+    conditions: tuple[Condition, ...] = ()
+    baseline: str | None = None
+    accept_unresolved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,13 +174,18 @@ class BenchmarkResult:
             "first_ms": self.once("first_ms"),
             "memory_mib": None if memory is None else memory.peak,
             "memory": None if memory is None else asdict(memory),
-            "operators": None if self.profile is None else _operators(self.profile),
+            "operators": self.operators,
             "energy": None if energy is None else asdict(energy),
             "health": asdict(self.health),
             "environment": None if self.environment is None else asdict(self.environment),
             "budget": {name: asdict(check) for name, check in check_budgets(self).items()},
             "notes": list(self.notes),
         }
+
+    @property
+    def operators(self) -> list[dict[str, Any]] | None:
+        """Of a profile, the longest first; None where none was asked for."""
+        return None if self.profile is None else _operators(self.profile)
 
     def once(self, name: str) -> float | None:
         """What happens once in a process (import_ms, load_ms, first_ms): the median over processes."""

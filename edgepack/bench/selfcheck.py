@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgepack.bench.contact import Interpreter, first_words
 from edgepack.bench.environment import SAMPLE_FILES
 from edgepack.bench.install import ROOT, place_runner
-from edgepack.bench.machine import ASK_PYTHON, CONTACT, CONTACT_TIMEOUT_S
+from edgepack.bench.lease import leased
+from edgepack.bench.ready import silent
 from edgepack.bench.statistics import Percentile, summarise
 from edgepack.errors import UnsupportedError
 from edgepack.protocol import RunnerClient
@@ -35,20 +38,27 @@ class SelfCheck:
     """Inferences that take longer have less than 1 % of overhead in their times."""
 
 
-def self_check(transport: Transport, *, root: str = ROOT) -> SelfCheck:
-    """Measure it. Raises UnsupportedError on an emulated device and where there is no Python 3.9 or newer."""
+def self_check(
+    transport: Transport, *, root: str = ROOT, wait: bool = False, say: Callable[[str], None] = silent
+) -> SelfCheck:
+    """Measure it, with the device for oneself; `wait` for one that another benchmark has.
+
+    Raises UnsupportedError on an emulated device and where there is no Python 3.9 or newer, DeviceError where the
+    device is in use or fails.
+    """
     if transport.emulated:
         raise UnsupportedError(f"{transport.name}: is emulated: time means nothing there; give a real device")
-    path, version = _any_python(transport)
-    place = place_runner(transport, path, root=root)
-    with RunnerClient.start(transport, python=path, runner=place.runner) as runner:
-        times = runner.self_check(RUNS, SAMPLE_FILES)
+    python = _any_python(transport)
+    with leased(transport, python.path, what="self-check", wait=wait, say=say):
+        place = place_runner(transport, python.path, root=root)
+        with RunnerClient.start(transport, python=python.path, runner=place.runner) as runner:
+            times = runner.self_check(RUNS, SAMPLE_FILES)
     empty = summarise([float(ns) for ns in times.empty_ns]).percentiles
     overhead, p99 = empty["p50"], empty["p99"] or empty["p50"]
     assert overhead is not None and p99 is not None, "20,000 samples in twenty batches always have a median"
     return SelfCheck(
         device=transport.name,
-        python=version,
+        python=python.version,
         resolution_ns=times.resolution_ns,
         clock_ns=sorted(times.clock_ns)[len(times.clock_ns) // 2],
         overhead_ns=overhead,
@@ -58,14 +68,15 @@ def self_check(transport: Transport, *, root: str = ROOT) -> SelfCheck:
     )
 
 
-def _any_python(transport: Transport) -> tuple[str, str]:
-    """(path, version) of the newest Python that the device's PATH has."""
-    done = transport.run(["sh", "-c", CONTACT, "sh", "python3", ASK_PYTHON], timeout_s=CONTACT_TIMEOUT_S)
-    lines = [line.partition("=") for line in done.stdout.decode("utf-8", "replace").splitlines()]
-    pythons = [value.split() for key, _, value in lines if key == "python"]
-    fitting = [words for words in pythons if tuple(map(int, words[1].split(".")))[:2] >= OLDEST]
-    if not fitting:
-        found = ", ".join(words[1] for words in pythons) or "none"
+def _any_python(transport: Transport) -> Interpreter:
+    """The newest that the device's PATH has."""
+    pythons = first_words(transport).pythons
+    newest = max(pythons, key=_numbers, default=None)
+    if newest is None or _numbers(newest) < OLDEST:
+        found = ", ".join(each.version for each in pythons) or "none"
         raise UnsupportedError(f"{transport.name}: Python {found}; the runner needs 3.9 or newer: apt install python3")
-    newest = max(fitting, key=lambda words: tuple(map(int, words[1].split("."))))
-    return newest[0], newest[1]
+    return newest
+
+
+def _numbers(python: Interpreter) -> tuple[int, ...]:
+    return tuple(map(int, python.version.split(".")))

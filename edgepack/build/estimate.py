@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from edgepack.graph.index import GraphIndex
+from edgepack.graph.inference import infer_shapes
 from edgepack.passes.layer_rows import static_shapes
 from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.passes.quantise_dynamic import products_worth_it
@@ -66,7 +67,7 @@ class Estimate:
 def profile(model: onnx.ModelProto) -> Profile:
     """Counts from the graph and its shapes; what has no known shape counts as nothing."""
     index = GraphIndex(model.graph)
-    shapes = static_shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    shapes = static_shapes(infer_shapes(model))
     static = {name for name, kind in plan_qdq(model).nodes.items() if kind in WEIGHTED}
     dynamic = products_worth_it(model)
     macs: dict[str, int] = {}

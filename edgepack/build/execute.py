@@ -14,6 +14,7 @@ import onnx
 
 from edgepack.build.inputs import OpenProject
 from edgepack.build.planner import BuildPlan, Step
+from edgepack.build.tensorflow import PROVED_SAMPLES, prove
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import read_model, serialise
 from edgepack.graph.npz import npz_bytes
@@ -23,7 +24,7 @@ from edgepack.passes import PASSES
 from edgepack.passes.contract import PassContext
 from edgepack.protocol import RUNNER_PATH, RunnerClient
 from edgepack.runtimes.converter import call_converter
-from edgepack.runtimes.environment import environment, host_python
+from edgepack.runtimes.environment import host_python
 from edgepack.runtimes.installation import require
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, StepRecord, Store, storage_errors
@@ -52,8 +53,8 @@ class Workbench:
     def lib(self, toolchain: str, version: str | None = None) -> Path:
         """The folder with those wheels, fetched and unpacked where it was not there. Raises ToolchainError."""
         pin = self.host_pin(toolchain, version)
-        require(load_toolchain(toolchain), pin, self.store.folder, install_heavy=self.install_toolchains)
-        return environment(pin.wheels, self.store.folder, say=self.say)
+        found = load_toolchain(toolchain)
+        return require(found, pin, self.store.folder, install_heavy=self.install_toolchains, say=self.say)
 
     @contextlib.contextmanager
     def session(self, runtime: str, version: str | None, options: Mapping[str, Json]) -> Iterator[RuntimeSession]:
@@ -101,7 +102,7 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
         with storage_errors(folder):
             for part in (before, after, feeds):
                 part.mkdir()
-        files = _source(opened, before) if previous is None else model_files(previous, bench.store, before)
+        files = _source(opened, before, bench) if previous is None else model_files(previous, bench.store, before)
         context = PassContext(
             activations=functools.partial(_activations, opened=opened, bench=bench),
             tool=lambda request: call_converter(each.toolchain or "", bench.lib(each.toolchain or ""), request),
@@ -151,12 +152,25 @@ def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Pat
     return {ROLES[path.suffix]: path for path in store.materialise(record, folder).values()}
 
 
-def _source(opened: OpenProject, folder: Path) -> dict[str, Path]:
-    """The user's model with its external data taken in, as one file."""
+def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Path]:
+    """The user's model with its external data taken in, as one file; one of TensorFlow proved before it is used."""
     path = folder / "model.onnx"
-    model = read_model(opened.model_path).model
+    model = read_model(opened.onnx_path).model
     with storage_errors(path):
         path.write_bytes(serialise(model))
+    if opened.onnx_path != opened.model_path:
+        feeds = list(itertools.islice(opened.calibration.feeds(), PROVED_SAMPLES))
+        names = [value.name for value in model.graph.output]
+        found = list(_activations(model, names, PROVED_SAMPLES, opened=opened, bench=bench))
+        prove(
+            opened.model_path,
+            opened.project.signature,
+            feeds=feeds,
+            found=found,
+            store=bench.store,
+            install_heavy=bench.install_toolchains,
+            say=bench.say,
+        )
     return {"model": path}
 
 

@@ -28,6 +28,7 @@ from edgepack.bundle.pack import (
     wheel_path,
     write_bundle,
 )
+from edgepack.errors import InputError
 from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
@@ -60,12 +61,15 @@ class Shipment:
     speed: dict[str, Json] | None = None
     evidence: dict[str, Json] | None = None
 
+    @property
+    def ships(self) -> bool:
+        """Whether budgets hold for it: not for what is there to be compared with, or to be judged."""
+        return self.verdict is not None or self.plan.recipe.precision == "as-is"
+
 
 def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) -> Bundle:
-    """Write the bundle. Raises GateMissedError where a size budget is missed, ToolchainError, StorageError.
-
-    Budgets are for what is to ship: a bundle without a verdict is there for comparison and has none.
-    """
+    """Write the bundle. Raises GateMissedError where a size budget is missed, InputError where a name or a number is
+    beyond what a manifest can say, ToolchainError, StorageError."""
     plan = shipment.plan
     pin = load_toolchain(plan.recipe.runtime).release_for(
         plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
@@ -81,8 +85,16 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
             golden_outputs=bench.store.blob_path(shipment.golden.outputs).read_bytes(),
             evidence=None if shipment.evidence is None else canonical_json(shipment.evidence) + b"\n",
         )
-        manifest = _manifest(shipment, opened, parts, pin)
-        budget = budget_of(opened, shipment.plan) if shipment.verdict else NO_BUDGET
+        try:
+            manifest = _manifest(shipment, opened, parts, pin)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(
+                f"{plan.target.name}: no manifest can hold what the project, the model or the target says for '{key}': "
+                f"{first['msg'].removeprefix('Value error, ')}; change it there"
+            ) from error
+        budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
         check_budget("the model", manifest.sizes.model, budget["model_mib"], plan.target.name)
         total = sum(entry.bytes for entry in manifest.files.values())
         check_budget("the bundle", total, budget["bundle_mib"], plan.target.name)
@@ -106,7 +118,7 @@ def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
 def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, pin: Pin) -> m.Manifest:
     plan = shipment.plan
     entries = file_entries(parts.contents())
-    budget = budget_of(opened, plan) if shipment.verdict else NO_BUDGET
+    budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
     paths = {role: model_path(path) for role, path in parts.model.items()}
     wheels = tuple(wheel_path(path) for path in parts.wheels)
     bench_defaults = plan.target.bench
@@ -120,10 +132,7 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, pin: Pin) -
             os_ids=tuple(m.OsId(id=each.id, version_id=each.version_id) for each in plan.system.ids),
             python=plan.system.python,
             glibc=pin.glibc,
-            packages=tuple(
-                m.SystemPackagePart.model_validate(each.model_dump())
-                for each in load_toolchain(plan.recipe.runtime).system_packages(pin)
-            ),
+            packages=load_toolchain(plan.recipe.runtime).system_packages(pin),
         ),
         model=m.ModelPart(
             files=paths,

@@ -51,7 +51,10 @@ class Bundle:
 
     def extract(self, path: str, folder: Path) -> Path:
         """Copy one file to `folder`/`path`, checked on the way. Raises VerificationError, StorageError."""
-        out = folder / path
+        return self.copy_out(path, folder / path)
+
+    def copy_out(self, path: str, out: Path) -> Path:
+        """Copy one file to `out`, checked on the way; `out` is whole or not there. Raises as `extract` does."""
         with atomic_file(out) as temporary, temporary.open("wb") as target, self.path.open("rb") as stream:
             if self._copy(stream, path, target) != self.manifest.files[path].sha256:
                 raise _wrong(self.path, path)

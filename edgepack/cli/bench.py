@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgepack.cli.output import JsonFlag, Meter, say, show_json
 
 if TYPE_CHECKING:
-    from edgepack.bench.conduct import Conduct
-    from edgepack.bench.gate import Check
-    from edgepack.bench.regression import GateRequest
-    from edgepack.bundle.bundle import Bundle
-    from edgepack.errors import EdgepackError
-    from edgepack.store import Json
-    from edgepack.transports.base import Transport
+    from edgepack.bench.member import Job, Reach
 
 MAX_RUNS = 1_000_000  # the most that the runner keeps times of
 MAX_S = 86_400.0
 
 
 def bench(
+    context: typer.Context,
     bundle: Annotated[Path | None, typer.Argument(help="A .edgepack file.")] = None,
     device: Annotated[
         str,
         typer.Option(
-            "--device", "-d", help="local, ssh://user@host[:port], emulated:NAME, or a name from devices.toml."
+            "--device",
+            "-d",
+            help="local, ssh://user@host[:port], emulated:NAME, a name from devices.toml, or group:NAME.",
         ),
     ] = "local",
     inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
@@ -63,6 +59,9 @@ def bench(
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Measure the measuring on the device; takes no bundle.")
     ] = False,
+    count_instructions: Annotated[
+        bool, typer.Option("--count-instructions", help="Count instructions on emulated:rpi4 and the like: no time.")
+    ] = False,
     against: Annotated[
         Path | None, typer.Option("--against", help="Another bundle: time both in turns, and give the ratio.")
     ] = None,
@@ -77,6 +76,7 @@ def bench(
     ] = False,
     history: Annotated[Path | None, typer.Option("--history", help="Keep the result in this SQLite file.")] = None,
     no_history: Annotated[bool, typer.Option("--no-history", help="Do not keep it.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another benchmark has.")] = False,
     accept_new_host_key: Annotated[
         bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
     ] = False,
@@ -85,13 +85,17 @@ def bench(
     """Install a bundle on a device, prove that it is healthy there, and time it.
 
     The result carries a verdict: valid, suspect or invalid, and why. An emulated device has no latency.
-    Nothing is uploaded twice, and nothing outside ~/.edgepack is touched on the device.
+    Nothing is uploaded twice, and nothing outside ~/.edgepack is touched on the device. Two benchmarks never
+    share a device: one that is in use is refused (exit code 7) or, with --wait, waited for. A group's devices
+    are measured at once, each with a result or an error of its own.
 
     \b
     Examples:
       edgepack bench dist/NAME-x86-avx512-vnni.edgepack
       edgepack bench dist/NAME-rpi4.edgepack --device ssh://pi@raspberrypi.local --cpus 2,3 --json
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4
+      edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4 --count-instructions
+      edgepack bench dist/NAME-rpi4.edgepack --device group:lab --wait
       edgepack bench dist/NAME-rpi4.edgepack -d pi --against dist/NAME-rpi4.fp32.edgepack
       edgepack bench --self-check --device pi
       edgepack bench dist/NAME-rpi4.edgepack -d pi --baseline last --fail-if 'p50 > +3%' --fail-if 'size > +0%'
@@ -99,11 +103,22 @@ def bench(
     from edgepack.bench.against import check_conditions
     from edgepack.bench.conduct import Conduct, read_cpus, read_scenario
     from edgepack.bench.history import history_path
+    from edgepack.bench.member import Job, Reach
     from edgepack.bench.regression import read_request
     from edgepack.bundle.bundle import open_bundle
     from edgepack.errors import UsageError
-    from edgepack.transports.resolve import open_transport
 
+    reach = Reach(inventory=inventory, accept_new_host_key=accept_new_host_key, wait=wait)
+    if self_check:
+        _only(context, "self_check", "device", "inventory", "accept_new_host_key", "wait")
+        _check_self(device, reach, as_json)
+        return
+    if bundle is None:
+        raise UsageError("give a bundle to measure, or --self-check, which takes none")
+    if count_instructions:
+        _only(context, "count_instructions", "bundle", "device", "warmup", "runs")
+        _count(bundle, device, warmup=warmup, runs=runs, as_json=as_json)
+        return
     conduct = Conduct(
         warmup=warmup,
         runs=runs,
@@ -117,148 +132,96 @@ def bench(
         governor=pin_governor,
         profile=profile,
     )
-    request = read_request(
+    gate = read_request(
         fail_if or (), baseline=baseline, against=against is not None, accept_unresolved=accept_unresolved
     )
-    if (bundle is None) != self_check:
-        raise UsageError("give a bundle to measure, or --self-check, which takes none")
-    if bundle is None:
-        found = open_transport(device, inventory_path=inventory, accept_new_host_key=accept_new_host_key, say=say)
-        _check_self(found, as_json)
-        return
+    if against is not None:
+        check_conditions(gate.conditions)
+    job = Job(
+        bundle=open_bundle(bundle),
+        against=None if against is None else open_bundle(against),
+        conduct=conduct,
+        threads=threads,
+        gate=gate,
+        history=history or history_path(),
+        keep=not no_history,
+    )
+    for opened in job.bundles:
+        opened.verify()
+    _measure(job, device, reach, as_json)
+
+
+def _only(context: typer.Context, mode: str, *allowed: str) -> None:
+    """Raises UsageError for an option that `mode` would ignore."""
+    from edgepack.errors import UsageError
+
+    given = [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    for name in given:
+        if name not in (mode, "as_json", *allowed):
+            option = name if name == "bundle" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"--{mode.replace('_', '-')} takes no {option}: leave it out")
+
+
+def _measure(job: Job, device: str, reach: Reach, as_json: bool) -> None:
+    """One device, or all of a group: print what became of it, then end with its exit code."""
+    from edgepack.bench.group import GROUP, measure_group
+    from edgepack.bench.member import measure_device
+    from edgepack.report.group import group_document, group_page
+    from edgepack.report.measured import outcome_page
+
+    if device.startswith(GROUP):
+        group = measure_group(job, device.removeprefix(GROUP), reach, say=say)
+        if as_json:
+            show_json(group_document(group))
+        else:
+            typer.echo(group_page(group))
+        raise typer.Exit(group.exit_code)
+    outcome = measure_device(job, device, reach, say=say, progress=_show_upload)
+    if as_json:
+        show_json(outcome.document)
+    else:
+        typer.echo(outcome_page(outcome))
+    for error in outcome.errors:  # the result is printed: an error's own document would be a second one
+        say(f"edgepack: error: {error}")
+    raise typer.Exit(outcome.exit_code)
+
+
+def _count(bundle: Path, device: str, *, warmup: int | None, runs: int | None, as_json: bool) -> None:
+    from edgepack.bench.instructions import count_instructions
+    from edgepack.bundle.bundle import open_bundle
+    from edgepack.report.group import count_page
+
     opened = open_bundle(bundle)
     opened.verify()
-    other = None if against is None else open_bundle(against)
-    if other is not None:
-        check_conditions(request.conditions)
-        other.verify()
-    transport = open_transport(device, inventory_path=inventory, accept_new_host_key=accept_new_host_key, say=say)
-    job = _Job(transport, conduct, threads, request, history or history_path(), not no_history, as_json)
-    try:
-        errors = _measure(job, opened) if other is None else _compare(job, opened, other)
-    finally:
-        transport.close()
-    for error in errors:  # the result is printed: an error's own document would be a second one
-        say(f"edgepack: error: {error}")
-    if errors:
-        raise typer.Exit(errors[0].exit_code)
-
-
-class _Job(NamedTuple):
-    """What both ways of measuring are given."""
-
-    transport: Transport
-    conduct: Conduct
-    threads: int | None
-    request: GateRequest
-    history: Path
-    kept: bool
-    as_json: bool
-
-
-def _measure(job: _Job, bundle: Bundle) -> list[EdgepackError]:
-    """Measure, print and keep; gives what is wrong with the result."""
-    from edgepack.bench.gate import require
-    from edgepack.bench.regression import check_result, find_baseline
-    from edgepack.bench.result import require_budgets
-    from edgepack.bench.run import benchmark
-    from edgepack.report.measured import checks_lines, operators_table
-    from edgepack.report.tables import bench_page
-
-    baseline = find_baseline(job.request, job.history, bundle, job.transport.name)
-    result = benchmark(
-        bundle,
-        job.transport,
-        threads=job.threads,
-        conduct=job.conduct,
-        root=_root(job.transport),
-        say=say,
-        progress=_progress,
-    )
-    document = result.to_json()
-    checks = [] if baseline is None else check_result(job.request, baseline, document)
-    operators = document["operators"]
-    text = "\n".join([bench_page(result), *([operators_table(operators)] if operators else []), *checks_lines(checks)])
-    errors = _show(job, document, "bench", checks, text)
-    for demand in (
-        lambda: require_budgets(result),
-        lambda: require(checks, str(bundle.path), accept_unresolved=job.request.accept_unresolved),
-    ):
-        errors += _caught(demand)
-    return errors
-
-
-def _compare(job: _Job, bundle: Bundle, baseline: Bundle) -> list[EdgepackError]:
-    """The same for two bundles in turns."""
-    from edgepack.bench.against import compare_bundles
-    from edgepack.bench.gate import require
-    from edgepack.report.measured import checks_lines, comparison_page
-
-    comparison = compare_bundles(
-        baseline,
-        bundle,
-        job.transport,
-        threads=job.threads,
-        conduct=job.conduct,
-        conditions=job.request.conditions,
-        root=_root(job.transport),
-        say=say,
-        progress=_progress,
-    )
-    checks = comparison.check(job.request.conditions)
-    text = "\n".join([comparison_page(comparison), *checks_lines(checks)])
-    errors = _show(job, comparison.to_json(), "against", checks, text)
-    errors += _caught(lambda: require(checks, str(bundle.path), accept_unresolved=job.request.accept_unresolved))
-    return errors
-
-
-def _show(job: _Job, document: dict[str, Json], kind: str, checks: Sequence[Check], text: str) -> list[EdgepackError]:
-    """Keep a result, and print it in any case; gives the error where it could not be kept."""
-    from dataclasses import asdict
-
-    from edgepack.bench.regression import keep
-
-    kept, error = keep(job.history, document, kind) if job.kept else (None, None)
-    if job.as_json:
-        show_json({**document, "gate": [asdict(check) for check in checks], "history": kept})
+    counted = count_instructions(opened, device, warmup=warmup, runs=runs, say=say)
+    if as_json:
+        show_json(counted.to_json())
     else:
-        typer.echo(text if kept is None else f"{text}\n  history   {kept}")
-    return [] if error is None else [error]
+        typer.echo(count_page(counted))
 
 
-def _check_self(transport: Transport, as_json: bool) -> None:
+def _check_self(device: str, reach: Reach, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from edgepack.bench.group import GROUP
+    from edgepack.bench.member import device_root, reached
     from edgepack.bench.selfcheck import self_check
+    from edgepack.errors import UsageError
     from edgepack.report.measured import self_check_page
 
-    try:
-        found = self_check(transport, root=_root(transport))
-    finally:
-        transport.close()
+    if device.startswith(GROUP):
+        raise UsageError(f"--self-check measures one device, and not --device {device}")
+    with reached(device, reach, say=say) as transport:
+        found = self_check(transport, root=device_root(device), wait=reach.wait, say=say)
     if as_json:
         show_json(asdict(found))
     else:
         typer.echo(self_check_page(found))
 
 
-def _root(transport: Transport) -> str:
-    """The device's folder for edgepack; on this machine it lies in the cache."""
-    from edgepack.bench.install import ROOT
-    from edgepack.store import cache_folder
-
-    return str(cache_folder() / "device") if transport.name == "local" else ROOT
-
-
-def _caught(demand: Callable[[], None]) -> list[EdgepackError]:
-    from edgepack.errors import EdgepackError
-
-    try:
-        demand()
-    except EdgepackError as error:
-        return [error]
-    return []
-
-
-def _progress(path: str, done: int, total: int) -> None:
+def _show_upload(path: str, done: int, total: int) -> None:
     Meter(f"uploading {path}")(done, total)

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from edgepack import __version__
-from edgepack.cli import bench, build, bundle, device, history, init, targets, techniques, toolchain
+from edgepack.cli import bench, build, bundle, check, device, export, history, init, targets, techniques, toolchain
 
-EXIT_CODES = """Exit codes: 0 success, 1 several targets failed each for its own reason, 2 usage, 3 bad input,
-4 unsupported on this target or device, 5 gate or budget missed, 6 gate unresolved (too few samples), 7 device
-unreachable or failed, 8 verification failed, 9 cannot write here, 10 toolchain failed, 70 a defect of edgepack,
+EXIT_CODES = """Exit codes: 0 success, 1 several targets or devices failed, each for its own reason, 2 usage, 3 bad
+input, 4 unsupported on this target or device, 5 gate or budget missed, 6 gate unresolved (too few samples), 7 device
+unreachable, in use or failed, 8 verification failed, 9 cannot write here, 10 toolchain failed, 70 a defect of edgepack,
 130 interrupted, 141 the reader of the output has left."""
 
 app = typer.Typer(
@@ -21,10 +21,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("init")(init.init)
+app.command("check")(check.check)
 app.command("build")(build.build)
 app.command("compare-techniques")(techniques.compare_techniques)
 app.command("bench")(bench.bench)
 app.command("doctor")(toolchain.doctor)
+app.command("export")(export.export)
 app.add_typer(targets.app, name="targets")
 app.add_typer(toolchain.app, name="toolchain")
 app.add_typer(bundle.app, name="bundle")

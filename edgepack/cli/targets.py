@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,9 +70,64 @@ def show(
 
     target = load_target(name)
     if as_json:
-        show_json(target.model_dump(mode="json"))
+        observed = {"observed": target.observed.model_dump(mode="json")} if target.observed else {}
+        show_json({**target.model_dump(mode="json"), **observed})
     else:
         typer.echo(_page(target))
+
+
+@app.command("probe")
+def probe(
+    device: Annotated[
+        str, typer.Argument(help="ssh://user@host[:port], a name from devices.toml, emulated:NAME or local.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .toml file to write.")] = None,
+    name: Annotated[str | None, typer.Option(help="The target's name; by default from the board's own.")] = None,
+    against: Annotated[str | None, typer.Option(help="Name the differences from this target.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
+    accept_new_host_key: Annotated[
+        bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a target descriptor from a real machine, or hold the machine against a target.
+
+    Without --output the descriptor is printed; with --against the differences are. Ends with exit code 4
+    where a bundle of the target that it is held against could not run there.
+
+    \b
+    Examples:
+      edgepack targets probe ssh://pi@raspberrypi.local -o my-board.toml
+      edgepack targets probe kitchen --against rpi4
+      edgepack targets probe local --json
+    """
+    from edgepack.cli.device import survey_device
+    from edgepack.errors import UnsupportedError, UsageError
+    from edgepack.inventory.descriptor import describe, target_toml
+    from edgepack.inventory.match import differences, match
+    from edgepack.report.devices import descriptor_document, difference_lines
+    from edgepack.spec.target import load_target, targets
+    from edgepack.store import write_atomic
+
+    if output is not None and output.suffix != ".toml":
+        raise UsageError(f"--output {output}: a target's file ends in .toml")
+    if output is not None and output.exists() and not force:
+        raise UsageError(f"{output}: is there already; --force writes over it")
+    held = load_target(against) if against else None
+    facts, written_as = survey_device(device, inventory, accept_new_host_key)
+    target = describe(facts, name=name, nearest=written_as or match(facts, targets()).nearest)
+    text = target_toml(target, emulated=facts.emulated)
+    if output is not None:
+        write_atomic(output, text.encode())
+    found = differences(facts, held) if held else ()
+    if as_json:
+        show_json(descriptor_document(target, output, held, found))
+    else:
+        lines = [f"{output}: {target.title}"] if output else [] if held else [text.rstrip()]
+        typer.echo("\n".join([*lines, *(difference_lines(held.name, found) if held else [])]))
+    if any(each.blocks for each in found):
+        raise typer.Exit(UnsupportedError.exit_code)
 
 
 def _page(target: Target) -> str:
@@ -90,6 +146,7 @@ def _page(target: Target) -> str:
         f"  bench      warmup {bench.warmup}, runs {bench.runs}, {bench.seconds:g} s, threads {bench.threads}",
         "  sources",
         *(f"    {key}: {address}" for key, address in target.sources.items()),
+        *([f"  observed   on {target.observed.device}, {target.observed.at}"] if target.observed else []),
     ]
     return "\n".join(lines)
 

@@ -432,6 +432,7 @@ def save_arrays(path: str, arrays: Arrays) -> None:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             for name, value in arrays.items():
                 with archive.open(name + ".npy", "w", force_zip64=True) as file:
+                    # Not ascontiguousarray, which makes a scalar one-dimensional.
                     numpy.lib.format.write_array(file, numpy.asarray(value, order="C"), allow_pickle=False)
         os.replace(part, path)
     finally:

@@ -7,6 +7,7 @@ from edgepack.passes.contract import Pass
 from edgepack.passes.equalise import Equalise
 from edgepack.passes.gptq import Gptq
 from edgepack.passes.half import Half
+from edgepack.passes.keep import Keep
 from edgepack.passes.litert import ConvertLitert, QuantiseLitert
 from edgepack.passes.low_rank import LowRank
 from edgepack.passes.narrow import StoreNarrow
@@ -22,6 +23,7 @@ PASSES: dict[str, Pass] = {
     each.name: each
     for each in (
         Canonicalise(),
+        Keep(),
         PruneChannels(),
         LowRank(),
         Equalise(),

@@ -5,12 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgepack.report.tables import grid, ms_text
+from edgepack.report.tables import bench_page, grid, ms_text
 
 if TYPE_CHECKING:
     from edgepack.bench.against import Comparison
-    from edgepack.bench.gate import Change, Check
+    from edgepack.bench.gate import Change
+    from edgepack.bench.member import Outcome
     from edgepack.bench.selfcheck import SelfCheck
+
+
+def outcome_page(outcome: Outcome) -> str:
+    """`bench`, of a device that gave a result."""
+    from edgepack.bench.against import Comparison
+
+    result = outcome.result
+    assert result is not None
+    page = comparison_page(result) if isinstance(result, Comparison) else bench_page(result)
+    kept = [] if outcome.kept is None else [f"  history   {outcome.kept}"]
+    return "\n".join([page, *detail_lines(outcome), *kept])
+
+
+def detail_lines(outcome: Outcome) -> list[str]:
+    """The operators of a profile and each gate; none where nobody asked for them."""
+    from edgepack.bench.result import BenchmarkResult
+
+    operators = outcome.result.operators if isinstance(outcome.result, BenchmarkResult) else None
+    table = [operators_table(operators)] if operators else []
+    return [*table, *(f"  gate      {check.condition}: {check.outcome} ({check.why})" for check in outcome.checks)]
 
 
 def changes_table(changes: Iterable[Change]) -> str:
@@ -32,11 +53,6 @@ def _change(change: Change, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:+.3g}" if change.metric == "accuracy" else f"{value - 1:+.2%}"
-
-
-def checks_lines(checks: Sequence[Check]) -> list[str]:
-    """One line a condition."""
-    return [f"  gate      {check.condition}: {check.outcome} ({check.why})" for check in checks]
 
 
 def operators_table(operators: Sequence[Mapping[str, Any]], most: int = 15) -> str:

@@ -23,6 +23,7 @@ SCRIPT_OF = {
     "openvino-npu": "openvino_npu.py",
     "onnx2tf": "litert_convert.py",
     "litert-quantizer": "litert_convert.py",
+    "tensorflow": "tensorflow_convert.py",
 }
 """The script that speaks for each converter toolchain."""
 

@@ -97,16 +97,20 @@ def install(toolchain: Toolchain, host: HostPython, cache: Path, *, version: str
     return look_at(toolchain, pin.release, host, cache)
 
 
-def require(toolchain: Toolchain, pin: Pin, cache: Path, *, install_heavy: bool) -> None:
-    """Raises ToolchainError for a heavy release that is not whole, unless it may be fetched without asking."""
-    if install_heavy or pin.bytes <= HEAVY_BYTES:
-        return
-    if damage(environment_folder(pin.wheels, cache)):
+def require(toolchain: Toolchain, pin: Pin, cache: Path, *, install_heavy: bool, say: Say) -> Path:
+    """The release's environment for a command that needs it, made where it was not there.
+
+    Raises ToolchainError for a heavy one that is not whole, unless it may be fetched unasked, and what `environment`
+    raises.
+    """
+    heavy = pin.bytes > HEAVY_BYTES and not install_heavy
+    if heavy and damage(environment_folder(pin.wheels, cache)):
         raise ToolchainError(
-            f"this build needs the toolchain {toolchain.name} ({toolchain.title}), which is not installed: "
+            f"this needs the toolchain {toolchain.name} ({toolchain.title}), which is not installed: "
             f"{_missing_bytes(pin, cache) / 1e6:.0f} MB to fetch. Install it with `edgepack toolchain install "
-            f"{toolchain.name}`, or run the build with --install-toolchains"
+            f"{toolchain.name}`, or build with --install-toolchains"
         )
+    return environment(pin.wheels, cache, say=say)
 
 
 def remove(toolchain: Toolchain, others: Iterable[Toolchain], cache: Path) -> int:

@@ -16,8 +16,10 @@ from edgepack.spec.project import Objective
 from edgepack.spec.target import Dtype, Target
 from edgepack.store import Json
 
-Precision = Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
-"""What a model computes in; `-weights`: stored so, float32 arithmetic."""
+Precision = Literal[
+    "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
+]
+"""What a model computes in; `-weights`: stored so, float32 arithmetic; `as-is`: what the model that was given has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,16 @@ def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
     if runtime in LITERT:
         return _litert(runtime, "fp32", "the model as it is", "fp32", None)
     return _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+
+
+def as_is_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
+    """The model as it was given, for one that is quantised already. Raises UnsupportedError.
+
+    `npu_compiler` as of `baseline_recipe`.
+    """
+    base = baseline_recipe(target, npu_compiler=npu_compiler)
+    passes = (Use(name="keep"), *base.passes[1:])
+    return replace(base, name="as-is", why="the model as it was given", precision="as-is", passes=passes)
 
 
 def proposals(target: Target, objective: Objective, *, npu_compiler: bool = False) -> tuple[Recipe, ...]:

@@ -96,9 +96,7 @@ class Inventory(Spec):
     @classmethod
     def _devices_named(cls, value: dict[str, Device]) -> dict[str, Device]:
         for name in value:
-            _check_name("device", name)
-            if name in RESERVED:
-                raise ValueError(f"a device cannot be named '{name}', which is this machine; choose another name")
+            check_device_name(name)
         return value
 
     def group(self, name: str) -> dict[str, Device]:
@@ -121,6 +119,13 @@ def _with_absolute_key(device: Device, name: str, path: Path) -> Device:
     except RuntimeError as error:  # ~somebody, who has no home here
         raise InputError(f"{path}: devices.{name}.key: {device.key}: {error}; write the whole path") from error
     return device.model_copy(update={"key": str(key)})
+
+
+def check_device_name(name: str) -> None:
+    """Raises ValueError that says what is wrong."""
+    _check_name("device", name)
+    if name in RESERVED:
+        raise ValueError(f"a device cannot be named '{name}', which is this machine; choose another name")
 
 
 def _check_name(what: str, name: str) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.spec.load import Spec, did_you_mean, load
+from edgepack.spec.observed import Observed
 from edgepack.spec.shipped import shipped_folder
 
 RUNTIMES = ("onnxruntime", "openvino", "litert", "tflite-runtime")
@@ -132,6 +133,8 @@ class Target(Spec):
     bench: BenchDefaults = BenchDefaults()
     sources: Annotated[dict[str, str], Field(min_length=1)]
     """Dotted key of this file -> address of the public document that the value comes from."""
+    observed: Annotated[Observed | None, Field(exclude=True)] = None
+    """What `targets probe` read. Left out of dumps: it decides nothing, so no key of a build depends on it."""
 
     @field_validator("name")
     @classmethod

@@ -102,12 +102,12 @@ class Pin(Spec):
 class SystemPackage(Spec):
     """A Python package that a device's own system has to bring, because no wheel of it exists for that machine."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
     """As it is imported."""
-    at_least: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
-    below: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
+    at_least: Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
+    below: Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
     """The first version that does not work any more."""
-    package: str
+    package: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")]
     """What the system calls it: the argument of `apt install`."""
 
     def takes(self, version: str) -> bool:
@@ -146,7 +146,7 @@ class Toolchain(Spec):
     role: Literal["runtime", "converter"]
     """`runtime`: shipped to devices, and used here by the judge. `converter`: an environment here only."""
     serves: tuple[str, ...] = ()
-    """Of a converter: the runtimes whose models it makes."""
+    """Of a converter: the runtimes whose models it makes; none where it makes ONNX of what a person brings."""
     accelerator: Literal["npu"] | None = None
     """Of a converter: it is for targets with such an accelerator only."""
     license: str

@@ -12,6 +12,16 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Confirm:
+    """Somebody who can be asked whether a new host key is the device's."""
+
+    ask: Callable[[str], bool] | None
+    """Called with the host and its key's fingerprint; None where nobody is there to answer."""
+    cure: str
+    """What a refusal tells them to do after they have compared the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
     """What a program on the device left when it ended."""
 

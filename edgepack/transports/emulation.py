@@ -39,14 +39,24 @@ class Model:
     """The emulator's."""
 
 
-MODELS = {
+CPUS = {
+    "cortex-a7": Model(architecture="armhf", cpu="cortex-a7", program="qemu-arm"),
+    "cortex-a53": Model(architecture="arm64", cpu="cortex-a53", program="qemu-aarch64"),
+    "cortex-a72": Model(architecture="arm64", cpu="cortex-a72", program="qemu-aarch64"),
+    "cortex-a76": Model(architecture="arm64", cpu="cortex-a76", program="qemu-aarch64"),
+}
+"""Processors without a board; the A7 runs a 32-bit system."""
+
+BOARDS = {
     # QEMU's 32-bit emulator has no Cortex-A53; the A7 has the same ARMv7 instructions (NEON, VFPv4, division)
     # and, like a Pi with a 32-bit system, says armv7l.
-    "rpi3-32": Model(architecture="armhf", cpu="cortex-a7", program="qemu-arm"),
-    "rpi4": Model(architecture="arm64", cpu="cortex-a72", program="qemu-aarch64"),
-    "rpi5": Model(architecture="arm64", cpu="cortex-a76", program="qemu-aarch64"),
-    NATIVE: Model(architecture="amd64", cpu=NATIVE),
+    "rpi3-32": CPUS["cortex-a7"],
+    "rpi4": CPUS["cortex-a72"],
+    "rpi5": CPUS["cortex-a76"],
 }
+"""Targets of edgepack."""
+
+MODELS = {**BOARDS, **CPUS, NATIVE: Model(architecture="amd64", cpu=NATIVE)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,7 @@ class EmulatedDevice:
 
     name: str
     target: str
+    """What it was made as: a key of MODELS."""
     os: str
     cpu: str
     address: str
@@ -143,6 +154,11 @@ def up(target: str, *, name: str | None = None, os: str = "debian-12", say: Say)
         return _device(starting.start(record, host_private=host_private, root=root, qemu=qemu, ip=ip, say=say))
 
 
+def up_many(target: str, count: int, *, name: str | None = None, os: str, say: Say) -> list[EmulatedDevice]:
+    """NAME-1 to NAME-`count`, one after the other. Raises as `up`; those that were up by then stay."""
+    return [up(target, name=f"{name or target}-{number}", os=os, say=say) for number in range(1, count + 1)]
+
+
 def down(name: str, say: Say) -> None:
     """End device `name` and delete what it wrote; its emulator's registration goes with the last one.
 
@@ -193,10 +209,17 @@ def _check_words(target: str, name: str, os: str) -> None:
 
     if target not in MODELS:
         raise UsageError(f"'{target}' cannot be emulated{did_you_mean(target, MODELS)}")
-    if os not in CODENAMES:
-        raise UsageError(f"--os {os}: not known{did_you_mean(os, CODENAMES)}")
+    check_os(os)
     if not NAME.fullmatch(name):
         raise UsageError(f"'{name}' cannot name a device: expected small letters, digits and '-', at most 32")
+
+
+def check_os(os: str) -> None:
+    """Raises UsageError for a release of Debian that no root can be made of."""
+    from edgepack.spec.load import did_you_mean
+
+    if os not in CODENAMES:
+        raise UsageError(f"--os {os}: not known{did_you_mean(os, CODENAMES)}")
 
 
 def _device(record: Record) -> EmulatedDevice:

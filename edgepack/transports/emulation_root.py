@@ -61,7 +61,7 @@ def make_root(os: str, architecture: str, *, cache: Path, codename: str, say: Sa
             if old.resolve() not in in_use:
                 remove_tree(old)
 
-    return _cached(place, build)
+    return make_folder(place, build)
 
 
 def _finish_root(root: Path) -> None:
@@ -114,7 +114,7 @@ def make_qemu(*, cache: Path, codename: str, say: Say) -> Path:
                     (Path(name) / "usr/bin" / program).rename(place / program)
                 return
 
-    return _cached(cache / "qemu" / codename, build)
+    return make_folder(cache / "qemu" / codename, build)
 
 
 def make_ip(*, cache: Path, codename: str, say: Say) -> list[str]:
@@ -128,13 +128,13 @@ def make_ip(*, cache: Path, codename: str, say: Say) -> list[str]:
         source = debian.source_for(codename, debian.read_sources(), codename)
         debian.unpack(["iproute2"], suite=codename, architecture="amd64", source=source, into=root, say=say)
 
-    root = _cached(cache / "tools" / codename, build)
+    root = make_folder(cache / "tools" / codename, build)
     # through its own dynamic loader, so that it runs with the libraries it was unpacked with
     libraries = f"{root}/usr/lib/x86_64-linux-gnu:{root}/lib/x86_64-linux-gnu"
     return [f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, f"{root}/usr/bin/ip"]
 
 
-def _cached(place: Path, build: Callable[[Path], None]) -> Path:
+def make_folder(place: Path, build: Callable[[Path], None]) -> Path:
     """`place`, built by `build` in a folder beside it unless it is there."""
     if not place.is_dir():
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgepack.errors import UsageError
 from edgepack.spec.inventory import INVENTORY_FILE, NAME, Device, SshAddress, load_inventory, parse_ssh_address
 from edgepack.spec.load import did_you_mean
-from edgepack.transports.base import Transport
+from edgepack.transports.base import Confirm, Transport
 
 EMULATED = "emulated:"
 EXAMPLES = "expected local, ssh://user@host[:port], emulated:rpi4, or a name from devices.toml"
@@ -27,10 +27,10 @@ def open_transport(
     DeviceError when the device cannot be reached.
     """
     if spec == "local" or spec.startswith(EMULATED) or "://" in spec:
-        return _open_address(spec, name=spec, key=None, accept_new_host_key=accept_new_host_key, say=say)
+        return open_address(spec, name=spec, key=None, accept_new_host_key=accept_new_host_key, say=say)
     device = find_device(spec, inventory_path)
     key = Path(device.key) if device.key else None
-    return _open_address(device.address, name=spec, key=key, accept_new_host_key=accept_new_host_key, say=say)
+    return open_address(device.address, name=spec, key=key, accept_new_host_key=accept_new_host_key, say=say)
 
 
 def find_device(name: str, inventory_path: Path | None = None) -> Device:
@@ -51,13 +51,42 @@ def find_device(name: str, inventory_path: Path | None = None) -> Device:
     raise UsageError(f"--device {name}: {'not in' if there else 'there is no'} {looked}{guess}")
 
 
+def target_of(spec: str, inventory_path: Path | None = None) -> str | None:
+    """The target that devices.toml names for a device, or that an emulated one was made as. Raises as `find_device`."""
+    if spec == "local" or "://" in spec:
+        return None
+    if spec.startswith(EMULATED):
+        return emulated_target(spec)
+    device = find_device(spec, inventory_path)
+    return device.target or emulated_target(device.address)
+
+
+def emulated_target(address: str) -> str | None:
+    """The target that an emulated device was made as; None for other addresses. Raises DeviceError where it is down."""
+    if not address.startswith(EMULATED):
+        return None
+    from edgepack.transports import emulation
+
+    made_as = emulation.find(address.removeprefix(EMULATED)).target
+    return made_as if made_as in emulation.BOARDS else None
+
+
 def inventory_paths() -> tuple[Path, ...]:
     """Where devices.toml is looked for, in order: the current folder, then the user's config folder."""
     config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return (Path(INVENTORY_FILE), Path(config) / "edgepack" / INVENTORY_FILE)
 
 
-def _open_address(address: str, *, name: str, key: Path | None, accept_new_host_key: bool, say: Say) -> Transport:
+def open_address(
+    address: str,
+    *,
+    name: str,
+    key: Path | None = None,
+    accept_new_host_key: bool = False,
+    confirm_host_key: Confirm | None = None,
+    say: Say = lambda _: None,
+) -> Transport:
+    """The device at `address`, as devices.toml has it, connected. Raises as `open_transport`."""
     if address == "local":
         from edgepack.transports.local import LocalTransport
 
@@ -70,7 +99,14 @@ def _open_address(address: str, *, name: str, key: Path | None, accept_new_host_
         raise UsageError(f"--device {address}: {error}") from error
     from edgepack.transports.ssh import SshTransport
 
-    transport = SshTransport(where, name=name, key_path=key, accept_new_host_key=accept_new_host_key, say=say)
+    transport = SshTransport(
+        where,
+        name=name,
+        key_path=key,
+        accept_new_host_key=accept_new_host_key,
+        confirm_host_key=confirm_host_key,
+        say=say,
+    )
     transport.connect()
     return transport
 

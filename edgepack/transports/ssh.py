@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +14,7 @@ import paramiko
 
 from edgepack.errors import DeviceError, InputError
 from edgepack.spec.inventory import SshAddress, parse_ssh_address
-from edgepack.transports.base import Channel, Completed, Progress
+from edgepack.transports.base import Channel, Completed, Confirm, Progress
 from edgepack.transports.ssh_channel import SshChannel
 from edgepack.transports.ssh_config import SshFiles, find_route
 from edgepack.transports.ssh_connection import Connection, Timeouts, Trust, connect
@@ -29,7 +30,8 @@ class SshTransport:
 
     `key_path`: the only key tried at the device. `host_key`: the device's public key line, which then
     alone is good. `files` say where the user's config and known_hosts are. With `accept_new_host_key`
-    the key of a host that has none yet is recorded and said through `say`. One thread at a time.
+    the key of a host that has none yet is recorded and said through `say`; without it `confirm_host_key` is asked.
+    One thread at a time.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class SshTransport:
         host_key: str | None = None,
         files: SshFiles | None = None,
         accept_new_host_key: bool = False,
+        confirm_host_key: Confirm | None = None,
         say: Callable[[str], None] = lambda _: None,
         timeouts: Timeouts | None = None,
         use_agent: bool = True,
@@ -56,6 +59,8 @@ class SshTransport:
         self._key_path = key_path
         self._files = files or SshFiles()
         self._trust = Trust(accept_new=accept_new_host_key, pinned=pinned, say=say)
+        if confirm_host_key is not None:
+            self._trust = replace(self._trust, confirm=confirm_host_key.ask, cure=confirm_host_key.cure)
         self._timeouts = timeouts or Timeouts()
         self._use_agent = use_agent
         self._connection = Connection()

