@@ -35,6 +35,22 @@ class RunnerError(DeviceError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodedFile:
+    """What a coded file expands to."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """Which files of a model are coded, by role, and what expands them: decoder.py where the runner finds it."""
+
+    decoder: str
+    files: Mapping[str, CodedFile]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
     """A model where the runner finds it: all paths are the device's."""
 
@@ -49,6 +65,7 @@ class ModelRef:
     threads: int = 1
     system: tuple[str, ...] = ()
     """Packages that the device's own Python brings."""
+    coded: Coded | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pydantic
 
 import edgepack
-from edgepack.build.execute import Workbench, model_files
+from edgepack.build.execute import Workbench, coded_files, model_files
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Golden
 from edgepack.build.planner import BuildPlan, Step
 from edgepack.bundle import manifest as m
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.pack import (
+    DECODER,
     EVIDENCE,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
@@ -28,6 +29,7 @@ from edgepack.bundle.pack import (
     wheel_path,
     write_bundle,
 )
+from edgepack.coding.files import DECODER_PATH
 from edgepack.errors import InputError
 from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
@@ -76,17 +78,20 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
     )
     wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
     with bench.store.workspace() as folder:
-        files = model_files(shipment.record, bench.store, folder)
+        plain = model_files(shipment.record, bench.store, folder / "plain")
+        coded = coded_files(shipment.record, bench.store, folder / "coded")
         parts = Parts(
-            model=files,
+            model=plain | coded,
+            decoder=DECODER_PATH if coded else None,
             wheels=wheels,
             runner=RUNNER_PATH,
             golden_inputs=bench.store.blob_path(shipment.golden.inputs).read_bytes(),
             golden_outputs=bench.store.blob_path(shipment.golden.outputs).read_bytes(),
             evidence=None if shipment.evidence is None else canonical_json(shipment.evidence) + b"\n",
         )
+        expanded = file_entries({role: plain[role] for role in coded})
         try:
-            manifest = _manifest(shipment, opened, parts, pin)
+            manifest = _manifest(shipment, opened, parts, expanded, pin)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -115,7 +120,10 @@ def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
     return found
 
 
-def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, pin: Pin) -> m.Manifest:
+def _manifest(
+    shipment: Shipment, opened: OpenProject, parts: Parts, expanded: dict[str, m.FileEntry], pin: Pin
+) -> m.Manifest:
+    """`expanded`: of the model's coded files, by role, what each becomes."""
     plan = shipment.plan
     entries = file_entries(parts.contents())
     budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
@@ -136,6 +144,7 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, pin: Pin) -
         ),
         model=m.ModelPart(
             files=paths,
+            coded=m.CodedPart(decoder=DECODER, files=expanded) if expanded else None,
             format=plan.recipe.model_format,
             precision=plan.recipe.precision,
             candidate=plan.recipe.name,

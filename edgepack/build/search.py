@@ -12,6 +12,7 @@ was. docs/adr/0015-search.md.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from edgepack.judge.gate import can_be_proved
 from edgepack.judge.metric import Label, Outputs
 from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.recipes import Recipe, is_static_onnx, narrowed, price_of, priced
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -41,6 +42,10 @@ TIMED = 4
 LEAST_CHANCE = 0.8
 """That the gate passes it, for a candidate to be taken as one that holds. The gate is asked once: a bolder choice would
 fail more builds, a shyer one ship larger models."""
+HALVINGS = 2
+"""Of the ratio between two prices of a bit, a factor of 4 at first: then bytes are within a fifth of a bit a weight."""
+MACS_SHARES = (0.7, 0.5)
+"""Of the arithmetic left, in turn."""
 FLOAT_LAYERS = (1, 2, 4, 8, 16, 32)
 """How many of the most sensitive layers are left in float, in turn."""
 
@@ -118,6 +123,8 @@ class _Search:
             self._add(plan, base=plan.recipe.name)
         for candidate in list(self.candidates):
             self._try(candidate)
+        self._refine()
+        self._narrow()
         if not self._holding() and self._can_resolve():
             self._mix()
         chosen = self._choose()
@@ -239,14 +246,41 @@ class _Search:
         holding = [c for c in self._holding() if c.rank(objective, baseline)[0] <= least]
         return min(holding, key=lambda c: c.rank(objective, baseline), default=None)
 
+    def _refine(self) -> None:
+        """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio; twice
+        the price where there is none that does not."""
+        for _ in range(HALVINGS):
+            judged = [(price_of(c.plan.recipe), c) for c in self.candidates if c.selection is not None]
+            rungs = sorted(((price, c) for price, c in judged if price is not None), key=lambda each: each[0])
+            holding = [each for each in rungs if each[1].outcome == "kept"]
+            beyond = [price for price, _ in rungs if holding and price > holding[-1][0]]
+            if not holding:
+                return
+            price, base = holding[-1]
+            other = math.sqrt(price * beyond[0]) if beyond else 2 * price
+            recipe = priced(other, base.plan.target.numerics.weight_bits)
+            self._try(self._add(self.setting.plan_of(recipe), base=base.base))
+
+    def _narrow(self) -> None:
+        """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
+        bytes. At half its price of a bit: what is left has less to spare."""
+        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
+        static = [c for c in self._holding() if is_static_onnx(c.plan.recipe)]
+        best = min(static, key=lambda c: c.rank(objective, baseline), default=None)
+        if objective == "size" or best is None:
+            return
+        price = price_of(best.plan.recipe)
+        whole = best.plan.recipe if price is None else priced(price / 2, best.plan.target.numerics.weight_bits)
+        for share in MACS_SHARES:
+            candidate = self._add(self.setting.plan_of(narrowed(whole, share)), base=best.base)
+            self._try(candidate)
+            if candidate.outcome != "kept":
+                return
+
     def _mix(self) -> None:
         """Leave the layers that cost most in float, ever more of them, until one such candidate holds."""
         judge = self.setting.judge
-        tried = [
-            c
-            for c in self.candidates
-            if c.selection is not None and c.plan.recipe.precision == "int8" and c.plan.recipe.runtime == "onnxruntime"
-        ]
+        tried = [c for c in self.candidates if c.selection is not None and is_static_onnx(c.plan.recipe)]
         if not tried or self.judged >= self.setting.search.evaluations:
             return
         base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgepack.bundle.bundle import Bundle
+from edgepack.coding.files import SUFFIX
 from edgepack.errors import InputError
 from edgepack.store import storage_errors
 
@@ -43,10 +44,11 @@ def export_model(bundle: Bundle, wanted: str, folder: Path) -> Exported:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
             stem = f"{manifest.name}-{manifest.target.name}"
-            names = {role: stem + PurePosixPath(path).suffix for role, path in manifest.model.files.items()}
-            parts = {
-                role: bundle.copy_out(path, Path(scratch, names[role])) for role, path in manifest.model.files.items()
-            }
+            plain = {role: path.removesuffix(SUFFIX) for role, path in manifest.model.files.items()}
+            names = {role: stem + PurePosixPath(path).suffix for role, path in plain.items()}
+            parts = {role: Path(scratch, name) for role, name in names.items()}
+            for role, part in parts.items():
+                part.write_bytes(bundle.model_content(role))
             size = sum(part.stat().st_size for part in parts.values())
             for role, part in sorted(parts.items(), reverse=True):  # who sees the model has its weights
                 part.replace(folder / names[role])

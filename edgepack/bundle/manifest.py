@@ -129,10 +129,20 @@ class Layout(Part):
     outputs: Annotated[tuple[PortLayout, ...], Field(max_length=MAX_PORTS)]
 
 
+class CodedPart(Part):
+    """Files of the model that travel entropy-coded (docs/coding.md)."""
+
+    decoder: str
+    """Path in the bundle of what expands them."""
+    files: Annotated[dict[str, FileEntry], Field(min_length=1)]
+    """By role: what each is when it is expanded."""
+
+
 class ModelPart(Part):
     files: dict[str, str]
     """Path in the bundle by role: `model`; `weights` where the format keeps them apart; `blob` for an NPU; `layout` for
     `tflite`."""
+    coded: CodedPart | None = None
     format: Literal["onnx", "openvino-ir", "tflite"]
     precision: Literal[
         "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
@@ -240,6 +250,7 @@ class Sizes(Part):
     """Bytes."""
 
     model: Annotated[int, Field(gt=0, le=MAX_BYTES)]
+    """As it travels."""
     baseline_model: Annotated[int, Field(gt=0, le=MAX_BYTES)]
     wheels: Bytes
 
@@ -279,9 +290,13 @@ class Manifest(Part):
     def _what_is_named_is_there(self) -> Manifest:
         named = [*self.model.files.values(), *self.runtime.wheels, self.golden.inputs, self.golden.outputs, self.runner]
         named += [self.evidence] if self.evidence is not None else []
+        named += [self.model.coded.decoder] if self.model.coded is not None else []
         for path in named:
             if path not in self.files:
                 raise ValueError(f"'{path}' is named, but not among the files")
+        for role in self.model.coded.files if self.model.coded is not None else ():
+            if role not in self.model.files:
+                raise ValueError(f"the model's '{role}' is said to be coded, but the model has none")
         return self
 
 

@@ -28,7 +28,9 @@ install  {root, blobs, manifest: sha256} -> {bundle: path, lib: path}
          Of manifest.json it reads files: {path: {sha256, bytes}} and runtime.wheels: [path].
 
 MODEL is {runtime: "onnxruntime"|"openvino"|"litert"|"tflite-runtime", lib: folder, files: {model: path, ...},
-options: {}, threads: n, system: [name]}. files: openvino has weights and blob too, the last two layout.
+options: {}, threads: n, system: [name], coded: CODED|null}. files: openvino has weights and blob too, the last two
+layout. CODED is {decoder: path, files: {role: {sha256, bytes}}}: those files are coded; the decoder (decoder.py of the
+bundle) expands them in memory before the runtime sees them.
 options: onnxruntime allow_spinning (bool), arena (bool); openvino device ("CPU"), precision ("f32"); litert and
 tflite-runtime xnnpack (bool). system names packages that the device's own Python has to bring (numpy where there is
 no wheel of it). A model stays loaded between requests. All models of one process come from one lib folder: another
@@ -86,6 +88,7 @@ import fcntl
 import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -1131,7 +1134,51 @@ class Runner:
         for path in files.values():
             if not os.path.isfile(path):
                 raise Refused("missing", "%s: not there" % path)
+        if spec.get("coded") is not None:
+            files = expanded(files, field(spec, "coded", dict))
         return guarded(kind, files, options, threads)
+
+
+class InMemory(Dict[str, str]):
+    """Paths of files; those in `handles` lie in memory, until whoever reads them lets go of this."""
+
+    def __init__(self, files: Dict[str, str]) -> None:
+        super().__init__(files)
+        self.handles: List[int] = []
+
+    def __del__(self) -> None:
+        for handle in self.handles:
+            os.close(handle)
+
+
+def expanded(files: Dict[str, str], coded: Dict[str, Any]) -> InMemory:
+    """The same files with the coded ones expanded: in memory, so that no load writes to flash or leaves a file behind.
+
+    Any runtime can read /proc/self/fd; each has another way, or none, to load a model from a buffer.
+    """
+    found = InMemory(files)
+    where = path_of(coded, "decoder")
+    if not os.path.isfile(where):
+        raise Refused("missing", "%s: not there" % where)
+    found_spec: Any = importlib.util.spec_from_file_location("edgepack_decoder", where)
+    decoder = importlib.util.module_from_spec(found_spec)
+    guarded(found_spec.loader.exec_module, decoder)
+    for role, entry in field(coded, "files", dict).items():
+        size, path = field(entry, "bytes", int), path_of(files, role)
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            content = decoder.expand(data, size)
+        except decoder.DamagedError as error:
+            raise Refused("corrupt", "%s: %s" % (path, error)) from error
+        if len(content) != size or hashlib.sha256(content).hexdigest() != digest_of(entry, "sha256"):
+            raise Refused("corrupt", "%s: expands to something else than its manifest says" % path)
+        handle = os.memfd_create(role)
+        found.handles.append(handle)
+        with open(handle, "wb", closefd=False) as memory:
+            memory.write(content)
+        found[role] = "/proc/self/fd/%d" % handle
+    return found
 
 
 def how_loaded(model: Any) -> Dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from edgepack.passes.canonicalise import Canonicalise
+from edgepack.passes.code import Code
+from edgepack.passes.compact import Compact
 from edgepack.passes.contract import Pass
 from edgepack.passes.equalise import Equalise
 from edgepack.passes.gptq import Gptq
@@ -10,7 +12,6 @@ from edgepack.passes.half import Half
 from edgepack.passes.keep import Keep
 from edgepack.passes.litert import ConvertLitert, QuantiseLitert
 from edgepack.passes.low_rank import LowRank
-from edgepack.passes.narrow import StoreNarrow
 from edgepack.passes.observe import Observe
 from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
 from edgepack.passes.prune_channels import PruneChannels
@@ -35,7 +36,8 @@ PASSES: dict[str, Pass] = {
         WeightOnly(),
         WeightOnlyInt4(),
         Half(),
-        StoreNarrow(),
+        Compact(),
+        Code(),
         ConvertOpenvino(),
         QuantiseNncf(),
         CompileNpu(),

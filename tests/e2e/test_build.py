@@ -25,7 +25,7 @@ from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
-STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "store-narrow"]
+STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "compact", "code"]
 RPI4 = "dist/fashion-mnist-rpi4.edgepack"
 
 
@@ -62,7 +62,7 @@ def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
     assert first["metric"] == "top1" and first["samples"] == 2000 and first["answer"] == "passed"
     assert first["interval"][0] <= first["drop"] <= first["interval"][1] <= 0.01
     assert first["model_bytes"] * 3 < first["baseline_bytes"] < first["bytes"]
-    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "store-narrow"]
+    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "compact", "code"]
     bundle = open_bundle(made.project / RPI4)
     bundle.verify()
     assert bundle.file_sha256() == first["sha256"] and bundle.size_bytes == first["bytes"]
@@ -256,10 +256,10 @@ def test_a_model_that_is_quantised_already_is_refused_with_the_cure_and_packed_a
     assert refused.exit_code == 4 and "--as-is" in refused.document["failures"][0]["error"]
     assert list((project / "dist").iterdir()) == []
     (row,) = rows(build("--as-is", "--json"))
-    assert (row["precision"], row["passes"], row["metric"]) == ("as-is", ["keep"], None)
+    assert (row["precision"], row["passes"], row["metric"]) == ("as-is", ["keep", "code"], None)
     bundle = open_bundle(project / row["path"])
     bundle.verify()
-    kept, given = onnx.load_from_string(bundle.read("model/model.onnx")), onnx.load(int8)
+    kept, given = onnx.load_from_string(bundle.model_content("model")), onnx.load(int8)
     assert list(kept.graph.node) == list(given.graph.node)
     assert list(kept.graph.initializer) == list(given.graph.initializer)
     assert bundle.manifest.accuracy is None
@@ -470,10 +470,10 @@ def test_an_npus_bundle_holds_ir_and_says_where_it_was_judged(made: Made, monkey
     done = made.edgepack("build", "-t", "intel-npu", "--json")
     (row,) = rows(done)
     assert row["target"] == "intel-npu-3720" and row["runtime"].startswith("openvino ")
-    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf"]
+    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf", "code"]
     manifest = open_bundle(made.project / row["path"]).manifest
     assert manifest.accuracy is not None and manifest.accuracy.note is not None
     assert "no NPU has run this bundle" in manifest.accuracy.note
     assert "no blob" in manifest.accuracy.note and "apt-get install wine64" in manifest.accuracy.note
-    assert manifest.model.files == {"model": "model/model.xml", "weights": "model/model.bin"}
+    assert manifest.model.files == {"model": "model/model.xml.epf", "weights": "model/model.bin.epf"}
     assert manifest.runtime.options == {"device": "NPU", "precision": "f16"}
