@@ -75,7 +75,9 @@ def test_the_manifest_says_how_axes_were_turned_and_what_the_device_has_to_bring
     assert manifest.model.inputs[0].shape == (1, 1, 28, 28), "of the user's own model"
     assert [(each.name, each.below) for each in manifest.requires.packages] == [("numpy", "2")]
     assert not any("numpy" in wheel for wheel in manifest.runtime.wheels)
-    assert [each.name for each in manifest.passes] == ["canonicalise", "convert-litert", "quantise-litert"]
+    passes = ["canonicalise", "convert-litert", "quantise-litert", "code"]
+    assert [each.name for each in manifest.passes] == passes
+    assert manifest.model.coded is not None and set(manifest.model.coded.files) == {"model"}
     assert manifest.accuracy is not None and manifest.accuracy.judged_in.startswith("tflite-runtime 2.14.0 on x86_64")
     other = open_bundle(bundle_for("rpi4-litert", project)).manifest
     assert other.requires.packages == () and any("numpy" in wheel for wheel in other.runtime.wheels)
