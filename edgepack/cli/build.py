@@ -146,10 +146,14 @@ def build(
             pages = [build_table(report)] if report.built else []
             text = "\n".join([*pages, *(explain_page(each) for each in report.evidence if explain)])
     if report_file is not None and not dry_run:
-        from edgepack.report.page import build_page
+        from edgepack.report.evidence import read_evidence
+        from edgepack.report.gather import NO_RESULTS, Material
+        from edgepack.report.page import report_page
         from edgepack.store import write_atomic
 
-        write_atomic(report_file, build_page(report.evidence).encode())
+        builds = tuple(read_evidence(each, f"the evidence of {each['target']}") for each in report.evidence)
+        material = Material(builds=builds, missing=(NO_RESULTS,))
+        write_atomic(report_file, report_page(material).encode())
         say(f"wrote {report_file}")
     if as_json:
         show_json(document)
