@@ -29,6 +29,7 @@ from edgepack.bundle.pack import MIB
 from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnresolvedError, UnsupportedError
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.gate import can_be_proved
+from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
 from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced
 from edgepack.spec.project import Search
@@ -182,6 +183,9 @@ class _Search:
         except UnsupportedError as error:
             candidate.outcome, candidate.reason = "dropped", str(error)
             return False
+        except ModelDoesNotRunError as error:
+            self._refused(candidate, error)
+            return False
         except PassDefect as error:
             candidate.outcome, candidate.reason = "failed", f"a defect of edgepack: {error}"
             judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} failed: {candidate.reason}")
@@ -200,7 +204,11 @@ class _Search:
             return
         judge.bench.say(f"{candidate.plan.target.name}: trying {candidate.name} ({candidate.plan.recipe.why})")
         made = Made(plan=candidate.plan, record=candidate.record)
-        seen = judge.select(made, setting.selection, gate_samples=setting.gate_samples)
+        try:
+            seen = judge.select(made, setting.selection, gate_samples=setting.gate_samples)
+        except ModelDoesNotRunError as error:
+            self._refused(candidate, error)
+            return
         verdict = candidate.selection = seen.verdict
         candidate.stopped_early, candidate.foreseen_worst = seen.stopped_early, seen.foreseen_worst
         candidate.chance, candidate.drift = seen.chance, seen.drift
@@ -212,6 +220,11 @@ class _Search:
                 f"drop {verdict.drop:.4g} on the samples that choose, limit {verdict.max_drop:g}: "
                 f"the gate would pass it with a chance of {candidate.chance:.0%}"
             )
+
+    def _refused(self, candidate: Candidate, error: ModelDoesNotRunError) -> None:
+        """The runtime that ships does not take it: no loss but of this candidate, unlike the user's own model."""
+        candidate.outcome, candidate.reason = "dropped", str(error)
+        self.setting.judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} does not run: {error}")
 
     def _holds(self, candidate: Candidate) -> bool:
         """Whether the gate would pass it; where no candidate can be proved, whether it is not missed."""

@@ -336,6 +336,34 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
 
 
+def test_a_candidate_that_its_runtime_does_not_take_is_dropped_and_the_next_is_tried(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreadable:
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def apply(self, files: dict[str, Path], params: dict[str, Json], context: PassContext) -> dict[str, Path]:
+            made = whole.apply(files, params, context)
+            Unreadable.calls += 1
+            if Unreadable.calls == 1:
+                made["model"].write_bytes(b"nothing that a runtime reads")
+            return made
+
+    whole = PASSES["compact"]
+    monkeypatch.setitem(PASSES, "compact", Unreadable())
+    cache, speeds = clean_cache(tmp_path / "cache"), {"": ratio(0.5, "faster")}
+    report, _ = build_here(tmp_path / "p", cache, speeds, monkeypatch, objective="latency", evaluations=2)
+    (built,) = report.built
+    evidence = built.locked.evidence
+    assert evidence is not None
+    (first,) = [each for each in evidence["candidates"] if each["name"] == "int8"]  # type: ignore[union-attr,index,call-overload]
+    assert first["outcome"] == "dropped" and "the model cannot be run" in first["reason"]  # type: ignore[index,operator,call-overload]
+    assert built.plan.recipe.name != "int8"
+
+
 def outlier_project(folder: Path, *, ruined: Sequence[str] = ("second",), samples: int = 1600) -> Path:
     """Two products; into those that are `ruined` come values of which one channel is a thousand times the others."""
     random = np.random.default_rng(5)
@@ -426,7 +454,8 @@ def test_every_technique_is_shown_alone_and_combined(tmp_path: Path) -> None:
     rows = done.document["techniques"]
     assert all(set(row) == documented("compare-techniques")["techniques"] for row in rows)
     alone = {row["name"] for row in rows if not row["combined"]}
-    shown = {name for name, each in PASSES.items() if each.technique and "convert-openvino" not in each.technique}
+    conversions = {"convert-openvino", "convert-litert"}
+    shown = {name for name, each in PASSES.items() if each.technique and not conversions & set(each.technique)}
     assert alone == (shown - {"canonicalise"}) | {"fp32"}
     by_name = {(row["name"], row["combined"]): row for row in rows}
     assert by_name["quantise-static", False]["drop"] > 0.5 and by_name["half", False]["drop"] < 0.05
