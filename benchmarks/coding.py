@@ -18,8 +18,8 @@ import onnx
 import zstandard
 from onnx import numpy_helper
 
-from edgepack.coding.rans import Bytes
-from edgepack.coding.stream import decode_planes, encode_planes
+from edgepack.coding.decoder import Bytes, decode_planes
+from edgepack.coding.stream import encode_planes
 from edgepack.passes.affine import quantise_weight, weight_scales
 from edgepack.passes.entropy_rounding import entropy_bits
 

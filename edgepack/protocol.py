@@ -35,6 +35,22 @@ class RunnerError(DeviceError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodedFile:
+    """What a coded file expands to."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """Which files of a model are coded, by role, and what expands them: decoder.py where the runner finds it."""
+
+    decoder: str
+    files: Mapping[str, CodedFile]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
     """A model where the runner finds it: all paths are the device's."""
 
@@ -46,6 +62,7 @@ class ModelRef:
     """`model`, `weights` where the format has a second file, `blob` where one was compiled for an NPU."""
     options: Mapping[str, object] = field(default_factory=dict)
     threads: int = 1
+    coded: Coded | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edgepack.bench.energy import ENERGY_FILES
 from edgepack.protocol import EnvironmentSample
@@ -26,6 +27,8 @@ SAMPLE_FILES = (
 SAMPLE_COMMANDS = (("vcgencmd", "get_throttled"),)
 """Only where the probe found them: a program that is not there costs a fork at every sample."""
 
+T = TypeVar("T")
+
 TICKS_PER_S = 100
 """USER_HZ, the unit of /proc/stat on every architecture that we ship to (proc(5))."""
 MIN_TICKS = 50
@@ -41,6 +44,22 @@ THROTTLE_BITS: Mapping[int, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The surroundings at one moment of a run."""
+
+    t_ns: int
+    """On the clock of the samples' starts."""
+    process: int
+    """Which of the processes that measured, from 0."""
+    frequency_mhz: float | None
+    """The fastest processor's; None, as what follows, where it could not be read."""
+    temperature_c: float | None
+    """The hottest zone's."""
+    throttled: tuple[str, ...] | None
+    """What held the processor back at some moment since the process's reading before, by name; () is nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """One run's surroundings, from the end of the warm-up to the end of the run.
 
@@ -48,6 +67,8 @@ class Environment:
     """
 
     duration_s: float
+    readings: tuple[Reading, ...] = ()
+    """In order of time; about one a second."""
     frequencies_mhz: tuple[float, ...] = ()
     """The fastest processor's, sample by sample."""
     governors: tuple[str, ...] = ()
@@ -105,6 +126,7 @@ def read_environment(*runs: Sequence[EnvironmentSample]) -> Environment:
     windows = [samples[1:] if len(samples) > 2 else samples for samples in runs]
     every = [sample for window in windows for sample in window]
     seconds = max(sum(_seconds(window) for window in windows), 1e-9)
+    readings = tuple(reading for process, window in enumerate(windows) for reading in _readings(window, process))
     others, own, steal = _processor_time(windows, seconds)
     online = list(_texts([every[-1]], "/sys/class/power_supply/"))
     faults, major = (_rise(windows, "/proc/self/stat", rf"\) \S( \S+){{{n}}} (?P<n>\d+)") for n in (6, 8))  # proc(5)
@@ -115,10 +137,11 @@ def read_environment(*runs: Sequence[EnvironmentSample]) -> Environment:
     drifts = [((b.t_ns - a.t_ns) / max(b.raw_ns - a.raw_ns, 1) - 1) * 1e6 for a, b in _ends(windows)]
     return Environment(
         duration_s=seconds,
-        frequencies_mhz=_maxima(every, "/cpufreq/scaling_cur_freq", 1e-3),  # kHz
+        readings=readings,
+        frequencies_mhz=tuple(each.frequency_mhz for each in readings if each.frequency_mhz is not None),
         governors=tuple(sorted({text.strip() for text in _texts(every, "/cpufreq/scaling_governor")})),
-        temperatures_c=_maxima(every, "/class/thermal/", 1e-3),  # millidegrees
-        throttled=_throttled(windows),
+        temperatures_c=tuple(each.temperature_c for each in readings if each.temperature_c is not None),
+        throttled=_throttled(readings),
         load_before=_number(r"^(?P<n>[\d.]+)", runs[0][0].files.get("/proc/loadavg")),
         others_cpus=others,
         own_cpus=own,
@@ -152,14 +175,21 @@ def _number(pattern: str, text: str | None) -> float | None:
     return float(found["n"]) if found else None
 
 
-def _maxima(samples: Iterable[EnvironmentSample], part: str, scale: float) -> tuple[float, ...]:
-    """The largest of a kind of file in each sample that has one; a sensor's own nonsense (below 0) is left out."""
-    found = []
-    for sample in samples:
-        values = [int(text) for text in _texts([sample], part) if text.strip().isdigit()]
-        if values:
-            found.append(max(values) * scale)
-    return tuple(found)
+def _readings(window: Window, process: int) -> Iterator[Reading]:
+    for number, sample in enumerate(window):
+        yield Reading(
+            t_ns=sample.t_ns,
+            process=process,
+            frequency_mhz=_maximum(sample, "/cpufreq/scaling_cur_freq", 1e-3),  # kHz
+            temperature_c=_maximum(sample, "/class/thermal/", 1e-3),  # millidegrees
+            throttled=_held_back(window[:number], sample),
+        )
+
+
+def _maximum(sample: EnvironmentSample, part: str, scale: float) -> float | None:
+    """The largest of a kind of file; a sensor's own nonsense (below 0) is left out."""
+    values = [int(text) for text in _texts([sample], part) if text.strip().isdigit()]
+    return max(values) * scale if values else None
 
 
 def _rise(windows: Sequence[Window], path: str, pattern: str) -> float | None:
@@ -204,30 +234,38 @@ def _own_ticks(stat: str | None) -> int | None:
     return int(fields[11]) + int(fields[12]) if len(fields) > 12 else None
 
 
-def _throttled(windows: Sequence[Window]) -> tuple[str, ...] | None:
-    readers: tuple[Callable[[Window], list[str] | None], ...] = (_pi_throttled, _intel_throttled)
-    found = [names for names in (read(window) for read in readers for window in windows) if names is not None]
+def _throttled(readings: Sequence[Reading]) -> tuple[str, ...] | None:
+    """Each name once, of all readings; None where none could see it."""
+    found = [each.throttled for each in readings if each.throttled is not None]
     return tuple(dict.fromkeys(name for names in found for name in names)) if found else None
 
 
-def _pi_throttled(window: Window) -> list[str] | None:
-    """Bits set at any sample, and bits of the past that were not yet set at the first sample."""
-    outputs = [sample.commands.get(" ".join(SAMPLE_COMMANDS[0])) for sample in window]
-    found = [re.search(r"throttled=0x([0-9a-fA-F]+)", output.stdout) for output in outputs if output is not None]
-    bits = [int(match.group(1), 16) for match in found if match]
-    if not bits:
-        return None
-    ever = 0
-    for value in bits:
-        ever |= value & 0xF | ((value & ~bits[0]) >> 16) & 0xF
-    return [name for bit, name in THROTTLE_BITS.items() if ever >> bit & 1]
+def _held_back(earlier: Window, now: EnvironmentSample) -> tuple[str, ...] | None:
+    """What held the processor back at `now`, or since the last of `earlier` that tells; None where `now` does not."""
+    names: list[str] = []
+    bits, counts = _pi_bits(now), _intel_counts(now)
+    if bits is not None:  # set now, or of the past and not set before
+        before = next(_told(earlier, _pi_bits), bits)
+        ever = bits & 0xF | ((bits & ~before) >> 16) & 0xF
+        names += [name for bit, name in THROTTLE_BITS.items() if ever >> bit & 1]
+    if counts is not None:
+        past = next(_told(earlier, _intel_counts), counts)
+        names += ["thermal throttling"] if any(count > past.get(path, 0) for path, count in counts.items()) else []
+    return None if bits is None and counts is None else tuple(names)
 
 
-def _intel_throttled(window: Window) -> list[str] | None:
-    """Counters of thermal throttling that rose (Linux, Documentation/ABI/testing/sysfs-devices-system-cpu)."""
-    first, last = window[0].files, window[-1].files
-    counters = [p for p, text in first.items() if "/thermal_throttle/" in p and text and text.strip().isdigit()]
-    if not counters:
-        return None
-    rose = any(int(last.get(path) or 0) > int(first[path] or 0) for path in counters)
-    return ["thermal throttling"] if rose else []
+def _told(earlier: Window, read: Callable[[EnvironmentSample], T | None]) -> Iterator[T]:
+    """What those that tell say, the latest first."""
+    return (value for sample in reversed(earlier) if (value := read(sample)) is not None)
+
+
+def _pi_bits(sample: EnvironmentSample) -> int | None:
+    output = sample.commands.get(" ".join(SAMPLE_COMMANDS[0]))
+    found = re.search(r"throttled=0x([0-9a-fA-F]+)", output.stdout) if output is not None else None
+    return int(found.group(1), 16) if found else None
+
+
+def _intel_counts(sample: EnvironmentSample) -> dict[str, int] | None:
+    """Counters of thermal throttling (Linux, Documentation/ABI/testing/sysfs-devices-system-cpu)."""
+    found = {path: text.strip() for path, text in sample.files.items() if "/thermal_throttle/" in path and text}
+    return {path: int(text) for path, text in found.items() if text.isdigit()} or None

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import MANIFEST
 from edgepack.errors import DeviceError
-from edgepack.protocol import RUNNER_PATH, Installed, RunnerClient, RunnerError
+from edgepack.protocol import RUNNER_PATH, Coded, CodedFile, Installed, ModelRef, RunnerClient, RunnerError
 from edgepack.store import digest_file
 from edgepack.transports.base import Transport
 
@@ -92,6 +92,25 @@ def install_bundle(
         partial, item = states[digest].partial_bytes, (digest, path, size)
         _upload(bundle, transport, runner, place=place, item=item, partial_bytes=partial, progress=progress)
     return runner.install(place.root, place.blobs, bundle.digest)
+
+
+def model_of(bundle: Bundle, installed: Installed, threads: int) -> ModelRef:
+    """The bundle's model where it was installed."""
+    manifest = bundle.manifest
+    coded = manifest.model.coded
+    return ModelRef(
+        runtime=manifest.runtime.name,
+        lib=installed.lib,
+        files={role: f"{installed.bundle}/{path}" for role, path in manifest.model.files.items()},
+        options=dict(manifest.runtime.options),
+        threads=threads,
+        coded=None
+        if coded is None
+        else Coded(
+            decoder=f"{installed.bundle}/{coded.decoder}",
+            files={role: CodedFile(sha256=entry.sha256, bytes=entry.bytes) for role, entry in coded.files.items()},
+        ),
+    )
 
 
 def _check_space(

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pydantic
 
-from edgepack.bench.install import install_bundle, place_runner
+from edgepack.bench.install import install_bundle, model_of, place_runner
 from edgepack.bench.machine import cpu_flags
 from edgepack.bench.result import BundleRef
 from edgepack.bundle.bundle import Bundle
 from edgepack.errors import DeviceError, UnsupportedError, UsageError
-from edgepack.protocol import RUNNER_PATH, Health, ModelRef, RunnerClient
+from edgepack.protocol import RUNNER_PATH, Health, Installed, RunnerClient
 from edgepack.spec.load import Spec
 from edgepack.transports.emulation_machine import ORDERS, counting_model, make_machine, run_machine
 from edgepack.transports.local import LocalTransport
@@ -165,19 +165,13 @@ def _lay_out(bundle: Bundle, orders: Path, *, warmup: int, runs: int) -> None:
     def there(path: str) -> str:
         return f"/{ORDERS}/{Path(path).relative_to(orders.resolve())}"
 
-    manifest, whole = bundle.manifest, there(installed.bundle)
-    model = ModelRef(
-        runtime=manifest.runtime.name,
-        lib=there(installed.lib),
-        files={role: f"{whole}/{path}" for role, path in manifest.model.files.items()},
-        options=dict(manifest.runtime.options),
-        threads=1,
-    )
+    manifest, there_too = bundle.manifest, Installed(bundle=there(installed.bundle), lib=there(installed.lib))
+    model = model_of(bundle, there_too, threads=1)
     order = {
         "runner": f"/{ORDERS}/{RUNNER_PATH.name}",
         "model": asdict(model),
-        "inputs": f"{whole}/{manifest.golden.inputs}",
-        "outputs": f"{whole}/{manifest.golden.outputs}",
+        "inputs": f"{there_too.bundle}/{manifest.golden.inputs}",
+        "outputs": f"{there_too.bundle}/{manifest.golden.outputs}",
         "min_sqnr_db": manifest.golden.min_sqnr_db,
         "warmup": warmup,
         "runs": runs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgepack.bench.install import ROOT, Place, UploadProgress, install_bundle, place_runner
+from edgepack.bench.install import ROOT, Place, UploadProgress, install_bundle, model_of, place_runner
 from edgepack.bench.machine import (
     PROBE_COMMANDS,
     PROBE_FILES,
@@ -76,7 +76,7 @@ def make_ready(
         say(f"{transport.name}: {what}, {machine.os or 'an unknown system'}")
         notes = check_machine(bundle, machine) + (EMULATED_NOTE if transport.emulated else ())
         installed = install_bundle(bundle, transport, runner, place, say=say, progress=progress)
-        model = _model(bundle, installed, manifest.bench.threads if threads is None else threads)
+        model = model_of(bundle, installed, manifest.bench.threads if threads is None else threads)
         health = _check_health(bundle, transport, runner, model, installed)
         say(f"healthy: {worst_output(health)}")
         notes += _how_loaded(health.loaded)
@@ -97,17 +97,6 @@ def start(transport: Transport, contact: Contact, place: Place) -> RunnerClient:
     """A runner on the device, patient where the device is emulated."""
     patience = EMULATED_PATIENCE if transport.emulated else 1.0
     return RunnerClient.start(transport, python=contact.python, runner=place.runner, patience=patience)
-
-
-def _model(bundle: Bundle, installed: Installed, threads: int) -> ModelRef:
-    manifest = bundle.manifest
-    return ModelRef(
-        runtime=manifest.runtime.name,
-        lib=installed.lib,
-        files={role: f"{installed.bundle}/{path}" for role, path in manifest.model.files.items()},
-        options=dict(manifest.runtime.options),
-        threads=threads,
-    )
 
 
 def _how_loaded(loaded: Loaded) -> tuple[str, ...]:

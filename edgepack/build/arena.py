@@ -14,7 +14,7 @@ from typing import Protocol
 import onnx
 
 from edgepack.bench.here import flags_here, missing_here
-from edgepack.bench.install import Place, install_bundle, place_runner
+from edgepack.bench.install import Place, install_bundle, model_of, place_runner
 from edgepack.bench.machine import PROBE_COMMANDS, PROBE_FILES, Contact, check_machine, make_contact, read_machine
 from edgepack.bench.ready import EMULATED_PATIENCE
 from edgepack.bench.versus import SpeedRatio, VersusOrder, compare_on
@@ -157,7 +157,7 @@ class OnDevice:
                 lib=model.lib,
                 options={**made.plan.recipe.device_options},
                 folder=here,
-                remote=Remote(transport=self.transport, folder=folder),
+                remote=Remote(transport=self.transport, folder=folder, coded=model.coded),
             )
             yield session, model
 
@@ -196,10 +196,4 @@ class OnDevice:
                 probe = runner.probe(PROBE_FILES, PROBE_COMMANDS, place.root)
                 check_machine(bundle, read_machine(self.transport, self._contact, probe))
                 installed = install_bundle(bundle, self.transport, runner, place, say=self.bench.say)
-        return ModelRef(
-            runtime=made.plan.recipe.runtime,
-            lib=installed.lib,
-            files={role: f"{installed.bundle}/{path}" for role, path in bundle.manifest.model.files.items()},
-            options=dict(made.plan.recipe.device_options),
-            threads=made.plan.target.bench.threads,
-        )
+        return model_of(bundle, installed, made.plan.target.bench.threads)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import edgepack
 from edgepack.build.arena import Arena, Here, Made, OnDevice
+from edgepack.build.check import ensure_takes
 from edgepack.build.estimate import Profile, profile
 from edgepack.build.execute import Workbench, execute, model_files, steps_taken
 from edgepack.build.inputs import OpenProject
@@ -40,7 +41,7 @@ from edgepack.passes import PASSES
 from edgepack.passes.contract import PassDefect, read_onnx
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.npu_compiler import has_npu_compiler
-from edgepack.runtimes.recipes import Recipe, Use, baseline_recipe, proposals, runtime_of
+from edgepack.runtimes.recipes import Recipe, Use, as_is_recipe, baseline_recipe, proposals, runtime_of
 from edgepack.spec.project import Objective
 from edgepack.spec.target import System, Target, load_target
 from edgepack.spec.toolchain import Pin, load_toolchain
@@ -60,6 +61,8 @@ class BuildOptions:
     """Also pack the fp32 model, as NAME-TARGET.fp32.edgepack."""
     relock: bool = False
     """Measure and choose anew."""
+    as_is: bool = False
+    """Pack the model as it was given: it is quantised already."""
     device: Transport | None = None
     """A device of the target's kind that judges accuracy and speed; None: this machine does what it can."""
     device_root: str = ""
@@ -147,7 +150,7 @@ def plan_all(
     for target in chosen:
         job = _Job(opened=opened, target=target, options=options, bench=bench)
         try:
-            plans += [*job.plans(), *([job.plan(job.baseline())] if options.baseline else [])]
+            plans += job.plan_all()
         except EdgepackError as error:
             failed.append(Failed(target=target.name, error=error))
     return plans, BuildReport(built=(), failed=tuple(failed))
@@ -200,14 +203,26 @@ class _Job:
 
     def run(self) -> list[Built]:
         """The bundle, and the fp32 one where it is asked for. Where a gate is missed, an older bundle is removed."""
+        self._ensure_takes()
         path = self._path("")
         try:
-            built = [self._best(path)]
+            built = [self._as_is(path) if self.options.as_is else self._best(path)]
         except (GateMissedError, GateUnresolvedError):
             with storage_errors(path):
                 path.unlink(missing_ok=True)  # an old one must not pass for new
             raise
         return [*built, self._fp32()] if self.options.baseline else built
+
+    def plan_all(self) -> list[BuildPlan]:
+        """What `run` may try. Raises UnsupportedError."""
+        self._ensure_takes()
+        if self.options.as_is:
+            return [self.plan(self._as_is_recipe())]
+        return [*self.plans(), *([self.plan(self.baseline())] if self.options.baseline else [])]
+
+    def _ensure_takes(self) -> None:
+        system = self.target.os_named(self.options.os_name)
+        ensure_takes(self.opened, self.target, system, as_is=self.options.as_is)
 
     def plan(self, recipe: Recipe) -> BuildPlan:
         system = self.target.os_named(self.options.os_name)
@@ -230,6 +245,9 @@ class _Job:
 
     def baseline(self) -> Recipe:
         return baseline_recipe(self.target, npu_compiler=self._npu_compiler())
+
+    def _as_is_recipe(self) -> Recipe:
+        return as_is_recipe(self.target, npu_compiler=self._npu_compiler())
 
     def _proposals(self, objective: Objective) -> tuple[Recipe, ...]:
         return proposals(self.target, objective, npu_compiler=self._npu_compiler())
@@ -255,15 +273,32 @@ class _Job:
         return self._ship(shipment, path, key=key, candidate=candidate, lock=(lock, name), found=found)
 
     def _fp32(self) -> Built:
-        plan, path = self.plan(self.baseline()), self._path(".fp32")
-        lock, name = lock_path(self.options.project_file), self._lock_name(plan, " fp32")
+        return self._unsearched(self.plan(self.baseline()), self._path(".fp32"), " fp32", judged=False)
+
+    def _as_is(self, path: Path) -> Built:
+        """The model as it was given; a converter's work on it is judged against it."""
+        recipe = self._as_is_recipe()
+        return self._unsearched(self.plan(recipe), path, "", judged=recipe.model_format != "onnx")
+
+    def _unsearched(self, plan: BuildPlan, path: Path, suffix: str, *, judged: bool) -> Built:
+        """A bundle of a plan that competes with none."""
+        lock, name = lock_path(self.options.project_file), self._lock_name(plan, suffix)
         found = None if self.options.relock else read_lock(lock).get(name)
         locked = found if found is not None and found.search == plan.key else None
+        if judged and locked is not None and not _holds(locked.verdict):
+            locked = None
         if locked is not None and _is_whole(path, locked):
             return self._unchanged(path, locked, plan)
-        shipment = self._shipment(self._make(plan))
+        made = self._make(plan)
+        shipment = self._shipment(made)
         if locked is not None:
             self._check_same(shipment, locked, lock)
+        if judged:
+            judge = self._judge()
+            verdict = judge.gate(made, self.opened.evaluation)
+            raise_for(verdict_from(verdict))
+            _raise_for_robustness(robustness := judge.robustness(made, self.opened.evaluation))
+            shipment = replace(shipment, verdict=verdict, judged_in=judge.where(plan), robustness=robustness)
         return self._ship(shipment, path, key=plan.key, candidate={}, lock=(lock, name), found=found)
 
     def _lock_name(self, plan: BuildPlan, suffix: str) -> str:
@@ -293,6 +328,9 @@ class _Job:
             golden=golden(made, self.opened, self.bench),
         )
 
+    def _judge(self) -> Judge:
+        return Judge(opened=self.opened, bench=self.bench, arena=self._arena(), fresh=self.options.relock)
+
     def _arena(self) -> Arena:
         if self.options.device is None:
             here = Here(self.bench, self.target)
@@ -306,7 +344,7 @@ class _Job:
     def _search(self, plans: Sequence[BuildPlan]) -> tuple[Shipment, dict[str, Json]]:
         """Find the best candidate and gate it, once, on samples that had no part in choosing it."""
         opened, search = self.opened, self.opened.project.search
-        judge = Judge(opened=opened, bench=self.bench, arena=self._arena(), fresh=self.options.relock)
+        judge = self._judge()
         baseline = self._make(self.plan(self.baseline()))
         chooses, gates = split(opened.evaluation, search.seed) if len(plans) > 1 else (None, opened.evaluation)
         setting = Setting(
@@ -336,8 +374,7 @@ class _Job:
         self.evidence |= {"kernels": judge.kernels(made)}
         robustness = judge.robustness(made, gates)
         self.evidence |= {"robustness": robustness}
-        if robustness is not None:
-            robustness_report.raise_for(robustness_report.report_from(robustness))
+        _raise_for_robustness(robustness)
         shipment = replace(
             self._shipment(made),
             verdict=verdict,
@@ -426,6 +463,11 @@ class _Job:
         )
 
 
+def _raise_for_robustness(report: dict[str, Json] | None) -> None:
+    if report is not None:
+        robustness_report.raise_for(robustness_report.report_from(report))
+
+
 def _uses(passes: Json) -> tuple[Use, ...]:
     """The passes of a lock's candidate. Raises KeyError or TypeError."""
     if not isinstance(passes, list):
@@ -444,9 +486,14 @@ def _use(table: Json) -> Use:
 
 def _vouches(found: Locked, key: str) -> bool:
     """Whether an entry is of this very search and lets it ship; a merge can have left one that does not."""
-    if found.search != key or found.verdict is None or found.evidence is None:
+    return found.search == key and found.evidence is not None and _holds(found.verdict)
+
+
+def _holds(facts: dict[str, Json] | None) -> bool:
+    """Whether there is a verdict that lets a bundle ship."""
+    if facts is None:
         return False
-    verdict = verdict_from(found.verdict)
+    verdict = verdict_from(facts)
     return verdict.holds and verdict.interval is not None
 
 

@@ -5,33 +5,35 @@ An estimate orders candidates and passes over those that cannot win; it is never
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from edgepack.graph.index import GraphIndex
+from edgepack.graph.inference import infer_shapes
 from edgepack.passes.layer_rows import static_shapes
 from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.passes.quantise_dynamic import products_worth_it
-from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.recipes import Recipe, price_of
 from edgepack.spec.target import Target
 
-GRAPH_SHARE = 0.6
-"""Of the bytes that are no weights, how much store-narrow leaves: names shortened, 0.5 to 0.7 were seen."""
+GRAPH_SHARE = 0.1
+"""Of the bytes that are no weights, how much the coder leaves: 0.08 to 0.15 were seen (ADR 37)."""
 STORED_BITS = {
-    "int8": 8,
-    "int8-dynamic": 8,
-    "int8-weights": 8,
-    "int4-weights": 5,
-    "fp16-weights": 16,
-    "bf16": 32,
-    "fp16": 32,
-    "fp32": 32,
+    "int8": 6.5,
+    "int8-dynamic": 6.5,
+    "int8-weights": 6.5,
+    "int4-weights": 4.0,
+    "fp16-weights": 12.0,
+    "bf16": 25.0,
+    "fp16": 25.0,
+    "fp32": 25.0,
 }
-"""A weight as stored; int4's with its scales, one for a block of 32. bf16 and fp16: OpenVINO rounds at load."""
-PACKED_BITS = {2: 1.6, 3: 2.91, 4: 4.0}
-"""Of GPTQ's weights as store-narrow packs them (passes/radix.py)."""
+"""A weight as it travels, coded, at best: int8 6.6 to 7.4 were seen. bf16 and fp16: OpenVINO rounds at load."""
+LEAST_BITS, COARSEST_BITS, COARSEST_PRICE = 0.1, 0.9, 0.04
+"""Of weights chosen by GPTQ at that price of a bit, coded, at best; a quarter of the price takes one bit more."""
 OPENVINO_TIME = {"int8": 0.35, "bf16": 0.45, "fp16": 0.45, "fp32": 0.8}
 """Of onnxruntime's float32, at best, on x86: int8 0.27 to 0.45 of five networks, bf16 0.43 to 0.56 (ADR 30)."""
 DYNAMIC_TIME = 0.65
@@ -66,7 +68,7 @@ class Estimate:
 def profile(model: onnx.ModelProto) -> Profile:
     """Counts from the graph and its shapes; what has no known shape counts as nothing."""
     index = GraphIndex(model.graph)
-    shapes = static_shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    shapes = static_shapes(infer_shapes(model))
     static = {name for name, kind in plan_qdq(model).nodes.items() if kind in WEIGHTED}
     dynamic = products_worth_it(model)
     macs: dict[str, int] = {}
@@ -102,13 +104,15 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
     uses = {use.name: use.params for use in recipe.passes}
     bits: float = STORED_BITS[recipe.precision]
     static_bits = bits
-    if "gptq" in uses:
-        width = int(str(uses["gptq"].get("bits", 8)))
-        static_bits = PACKED_BITS.get(width, 8)
+    price = price_of(recipe)
+    if price is not None:
+        static_bits = min(bits, max(LEAST_BITS, COARSEST_BITS + math.log2(COARSEST_PRICE / price) / 2))
+    share = float(str(uses.get("prune-channels", {}).get("macs_share", 1.0)))
     rest = found.bytes - 4 * found.weights
-    stored = (static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8
+    stored = (share * static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8
     size = (stored + GRAPH_SHARE * max(rest, 0)) / found.bytes
-    return Estimate(size=size, time=_time(recipe, found, target, uses.get("quantise-static", {}).get("float_nodes")))
+    time = share * _time(recipe, found, target, uses.get("quantise-static", {}).get("float_nodes"))
+    return Estimate(size=size, time=time)
 
 
 def _time(recipe: Recipe, found: Profile, target: Target, left: object) -> float:

@@ -7,13 +7,15 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
 from edgepack.build.inputs import OpenProject
 from edgepack.build.planner import BuildPlan, Step
+from edgepack.build.tensorflow import PROVED_SAMPLES, prove
+from edgepack.coding.files import SUFFIX
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import read_model, serialise
 from edgepack.graph.npz import npz_bytes
@@ -96,7 +98,7 @@ def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench
         with storage_errors(folder):
             for part in (before, after, feeds):
                 part.mkdir()
-        files = _source(opened, before) if previous is None else model_files(previous, bench.store, before)
+        files = _source(opened, before, bench) if previous is None else model_files(previous, bench.store, before)
         context = PassContext(
             activations=functools.partial(_activations, opened=opened, bench=bench),
             tool=lambda request: call_converter(each.toolchain or "", bench.lib(each.toolchain or ""), request),
@@ -124,8 +126,10 @@ def seconds_of(plan: BuildPlan, store: Store) -> float:
 
 
 def bytes_of(record: StepRecord, store: Store) -> int:
-    """Of all files that a step made."""
-    return sum(store.blob_path(digest).stat().st_size for digest in record.files.values())
+    """Of the files that travel: the coded one where there is one."""
+    files = record.files
+    travels = [digest for name, digest in files.items() if name + SUFFIX not in files]
+    return sum(store.blob_path(digest).stat().st_size for digest in travels)
 
 
 ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".blob": "blob", ".npz": "integers", ".json": "ranges"}
@@ -133,16 +137,36 @@ ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".blob": "blob", 
 
 
 def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:
-    """A step's files copied into `folder`, by their role."""
-    return {ROLES[path.suffix]: path for path in store.materialise(record, folder).values()}
+    """A step's files as a runtime loads them, copied into `folder`, by their role."""
+    plain = {name: digest for name, digest in record.files.items() if not name.endswith(SUFFIX)}
+    return {ROLES[path.suffix]: path for path in store.materialise(replace(record, files=plain), folder).values()}
 
 
-def _source(opened: OpenProject, folder: Path) -> dict[str, Path]:
-    """The user's model with its external data taken in, as one file."""
+def coded_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:
+    """The coded ones, copied into `folder`, by the role of what each expands to."""
+    coded = {name: digest for name, digest in record.files.items() if name.endswith(SUFFIX)}
+    found = store.materialise(replace(record, files=coded), folder).values()
+    return {ROLES[path.with_suffix("").suffix]: path for path in found}
+
+
+def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Path]:
+    """The user's model with its external data taken in, as one file; one of TensorFlow proved before it is used."""
     path = folder / "model.onnx"
-    model = read_model(opened.model_path).model
+    model = read_model(opened.onnx_path).model
     with storage_errors(path):
         path.write_bytes(serialise(model))
+    if opened.onnx_path != opened.model_path:
+        feeds = list(itertools.islice(opened.calibration.feeds(), PROVED_SAMPLES))
+        names = [value.name for value in model.graph.output]
+        found = list(_activations(model, names, PROVED_SAMPLES, opened=opened, bench=bench))
+        prove(
+            opened.model_path,
+            opened.project.signature,
+            feeds=feeds,
+            found=found,
+            store=bench.store,
+            say=bench.say,
+        )
     return {"model": path}
 
 

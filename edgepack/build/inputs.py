@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,10 @@ class Interface:
     """The .onnx file and its external data."""
 
 
+def _quiet(_: str) -> None:
+    """Says nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenProject:
     """A project whose files were found; everything is read when it is first asked for, and only once."""
@@ -36,10 +41,19 @@ class OpenProject:
     root: Path
     """Relative paths of the project start here."""
     store: Store
+    say: Callable[[str], None] = _quiet
 
     @cached_property
     def model_path(self) -> Path:
+        """As the person gave it: an ONNX file, a SavedModel's folder or a Keras file."""
         return self.root / Path(self.project.model).expanduser()
+
+    @cached_property
+    def onnx_path(self) -> Path:
+        """The model as ONNX; one of TensorFlow is converted when this is first asked for."""
+        from edgepack.build.tensorflow import onnx_of
+
+        return onnx_of(self.model_path, self.project.signature, self.store, self.say)
 
     @property
     def target_names(self) -> list[str]:
@@ -51,9 +65,14 @@ class OpenProject:
 
     @cached_property
     def model_digest(self) -> str:
+        from edgepack.build.tensorflow import digest_tensorflow, is_tensorflow
         from edgepack.graph.load import digest_source
 
-        return digest_source(self.model_path)
+        digest = digest_source(self.onnx_path)
+        if not is_tensorflow(self.model_path):
+            return digest
+        # Of the source too: each is proved against TensorFlow, also where two give one ONNX.
+        return digest_json({"onnx": digest, "tensorflow": digest_tensorflow(self.model_path)})
 
     @cached_property
     def interface(self) -> Interface:
@@ -72,7 +91,7 @@ class OpenProject:
         from edgepack.graph.load import read_model
         from edgepack.graph.shapes import fix_dimensions, inputs, outputs
 
-        source = read_model(self.model_path)
+        source = read_model(self.onnx_path)
         fixed = fix_dimensions(source.model, self.project.dimensions, self.model_path)
         return {
             "inputs": [_as_json(spec) for spec in inputs(fixed)],
@@ -163,12 +182,14 @@ def _same_samples(one: DataSet, other: DataSet) -> bool:
     return all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
 
 
-def open_project(path: Path, store: Store, *, model: Path | None = None) -> OpenProject:
+def open_project(
+    path: Path, store: Store, *, model: Path | None = None, say: Callable[[str], None] = _quiet
+) -> OpenProject:
     """The project in the file `path`; `model` stands in for the one it names. Raises InputError."""
     project = load_project(path)
     if model is not None:
         project = project.model_copy(update={"model": str(model.absolute())})
-    return OpenProject(project=project, root=path.absolute().parent, store=store)
+    return OpenProject(project=project, root=path.absolute().parent, store=store, say=say)
 
 
 def _as_json(spec: TensorSpec) -> dict[str, Json]:

@@ -33,10 +33,10 @@ class Locked:
     golden: str
     """Digest of the golden outputs."""
     verdict: dict[str, Json] | None
-    """None for the fp32 model itself."""
+    """None for the fp32 model itself, and for a model as it was given."""
     judged_in: str
     evidence: dict[str, Json] | None
-    """Everything that was tried, and what was measured; None for the fp32 model itself."""
+    """Everything that was tried, and what was measured; None where nothing was searched."""
     bundle: str
     """sha256 of the bundle."""
     bundle_bytes: int
@@ -50,14 +50,15 @@ def read_lock(path: Path) -> dict[str, Locked]:
     """All entries, by target and operating system. Raises InputError for a file that is not a lock."""
     try:
         table = json.loads(path.read_bytes())
-        if table["schema"] != LOCK_SCHEMA:
-            raise InputError(f"{path}: schema {table['schema']}; this edgepack reads {LOCK_SCHEMA}: remove the file")
+        schema = table["schema"]
+        if type(schema) is not int or schema != LOCK_SCHEMA:  # 2.0 is 2 to !=
+            raise InputError(f"{path}: schema {schema!r:.40}; this edgepack reads {LOCK_SCHEMA}: remove the file")
         return {name: _entry(entry) for name, entry in table["builds"].items()}
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a lock of edgepack ({error}); remove it, or take it back from git") from error
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pydantic
 
 import edgepack
-from edgepack.build.execute import Workbench, model_files
+from edgepack.build.execute import Workbench, coded_files, model_files
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Golden
 from edgepack.build.planner import BuildPlan, Step
 from edgepack.bundle import manifest as m
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.pack import (
+    DECODER,
     EVIDENCE,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
@@ -28,6 +29,8 @@ from edgepack.bundle.pack import (
     wheel_path,
     write_bundle,
 )
+from edgepack.coding.files import DECODER_PATH
+from edgepack.errors import InputError
 from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
@@ -60,29 +63,43 @@ class Shipment:
     speed: dict[str, Json] | None = None
     evidence: dict[str, Json] | None = None
 
+    @property
+    def ships(self) -> bool:
+        """Whether budgets hold for it: not for what is there to be compared with, or to be judged."""
+        return self.verdict is not None or self.plan.recipe.precision == "as-is"
+
 
 def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) -> Bundle:
-    """Write the bundle. Raises GateMissedError where a size budget is missed, ToolchainError, StorageError.
-
-    Budgets are for what is to ship: a bundle without a verdict is there for comparison and has none.
-    """
+    """Write the bundle. Raises GateMissedError where a size budget is missed, InputError where a name or a number is
+    beyond what a manifest can say, ToolchainError, StorageError."""
     plan = shipment.plan
     pin = load_toolchain(plan.recipe.runtime).release_for(
         plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
     )
     wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
     with bench.store.workspace() as folder:
-        files = model_files(shipment.record, bench.store, folder)
+        plain = model_files(shipment.record, bench.store, folder / "plain")
+        coded = coded_files(shipment.record, bench.store, folder / "coded")
         parts = Parts(
-            model=files,
+            model=plain | coded,
+            decoder=DECODER_PATH if coded else None,
             wheels=wheels,
             runner=RUNNER_PATH,
             golden_inputs=bench.store.blob_path(shipment.golden.inputs).read_bytes(),
             golden_outputs=bench.store.blob_path(shipment.golden.outputs).read_bytes(),
             evidence=None if shipment.evidence is None else canonical_json(shipment.evidence) + b"\n",
         )
-        manifest = _manifest(shipment, opened, parts, pin.glibc)
-        budget = budget_of(opened, shipment.plan) if shipment.verdict else NO_BUDGET
+        expanded = file_entries({role: plain[role] for role in coded})
+        try:
+            manifest = _manifest(shipment, opened, parts, expanded, pin.glibc)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise InputError(
+                f"{plan.target.name}: no manifest can hold what the project, the model or the target says for '{key}': "
+                f"{first['msg'].removeprefix('Value error, ')}; change it there"
+            ) from error
+        budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
         check_budget("the model", manifest.sizes.model, budget["model_mib"], plan.target.name)
         total = sum(entry.bytes for entry in manifest.files.values())
         check_budget("the bundle", total, budget["bundle_mib"], plan.target.name)
@@ -103,10 +120,13 @@ def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
     return found
 
 
-def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str) -> m.Manifest:
+def _manifest(
+    shipment: Shipment, opened: OpenProject, parts: Parts, expanded: dict[str, m.FileEntry], glibc: str
+) -> m.Manifest:
+    """`expanded`: of the model's coded files, by role, what each becomes."""
     plan = shipment.plan
     entries = file_entries(parts.contents())
-    budget = budget_of(opened, plan) if shipment.verdict else NO_BUDGET
+    budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
     paths = {role: model_path(path) for role, path in parts.model.items()}
     wheels = tuple(wheel_path(path) for path in parts.wheels)
     bench_defaults = plan.target.bench
@@ -123,6 +143,7 @@ def _manifest(shipment: Shipment, opened: OpenProject, parts: Parts, glibc: str)
         ),
         model=m.ModelPart(
             files=paths,
+            coded=m.CodedPart(decoder=DECODER, files=expanded) if expanded else None,
             format=plan.recipe.model_format,
             precision=plan.recipe.precision,
             candidate=plan.recipe.name,

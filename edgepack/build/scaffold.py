@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from edgepack.errors import InputError, UsageError
 from edgepack.spec.load import check, did_you_mean
 from edgepack.spec.project import PROJECT_FILE, Project
 from edgepack.spec.target import load_target
-from edgepack.store import Json, storage_errors, write_atomic
+from edgepack.store import Json, Store, storage_errors, write_atomic
 
 MAX_SIZE = 2**31 - 1
 
@@ -33,6 +34,7 @@ class Answers:
     dimensions: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     name: str | None = None
+    signature: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Written:
     dimensions: dict[str, int]
     missing: tuple[str, ...]
     """What a build still needs."""
+    has_targets: bool
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -57,14 +60,14 @@ class Written:
         lines = [f"wrote {self.path}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}"]
         lines += [f"still missing: {each}" for each in self.missing]
         elsewhere = "" if self.path == Path(PROJECT_FILE) else f" --project {self.path}"
-        lines.append(
-            f"fill that in in {self.path}" if self.missing else f"next: edgepack build --target rpi4{elsewhere}"
-        )
+        target = "" if self.has_targets else " --target rpi4"
+        lines.append(f"fill that in in {self.path}" if self.missing else f"next: edgepack build{target}{elsewhere}")
         return "\n".join(lines)
 
 
-def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
-    """Read the model and write `path`. Raises InputError, UsageError, StorageError."""
+def write_project(path: Path, answers: Answers, *, force: bool, store: Store, say: Callable[[str], None]) -> Written:
+    """Read the model and write `path`. Raises InputError, UsageError, StorageError, and what `convert` does."""
+    from edgepack.build.tensorflow import onnx_of
     from edgepack.graph.load import read_model
     from edgepack.graph.shapes import free_dimensions, inputs, outputs
 
@@ -72,14 +75,15 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
         if path.exists() and not force:
             raise UsageError(f"{path}: is there already; --force writes over it, --project names another file")
     _require_metric(answers.metric)
-    model: onnx.ModelProto = read_model(answers.model).model
+    source = onnx_of(answers.model, answers.signature, store, say)
+    model: onnx.ModelProto = read_model(source).model
     for target in answers.targets:
         load_target(target)
     named = (_reference(path, name) if name.endswith(".toml") else name for name in answers.targets)
     answers = replace(answers, targets=tuple(named))
     free = free_dimensions(model)
-    given = _parse_dimensions(answers.dimensions, free)
-    guessed = {name: 1 for name in free if name not in given and name.lower() in BATCH_NAMES}
+    given = parse_dimensions(answers.dimensions, free)
+    guessed = guess_batch(free, given)
     values = given | guessed
     open_dimensions = {name: users for name, users in free.items() if name not in values}
     written = Written(
@@ -95,6 +99,7 @@ def write_project(path: Path, answers: Answers, *, force: bool) -> Written:
             *([] if answers.calibration else ["calibration data"]),
             *([] if answers.evaluation else ["evaluation data"]),
         ),
+        has_targets=bool(answers.targets),
     )
     text = _render(path, answers, written, guessed, open_dimensions)
     import tomllib
@@ -120,7 +125,14 @@ def _require_metric(name: str | None) -> None:
         raise InputError(f"--metric {name}: unknown metric{did_you_mean(name, known)}, or module.py:function")
 
 
-def _parse_dimensions(given: tuple[str, ...], free: dict[str, list[str]]) -> dict[str, int]:
+def guess_batch(free: Iterable[str], given: Iterable[str]) -> dict[str, int]:
+    """1 for each free dimension without a value that is called as a batch."""
+    known = set(given)
+    return {name: 1 for name in free if name not in known and name.lower() in BATCH_NAMES}
+
+
+def parse_dimensions(given: Sequence[str], free: dict[str, list[str]]) -> dict[str, int]:
+    """NAME=SIZE for each. Raises UsageError, and InputError for a name that is not free."""
     values: dict[str, int] = {}
     for text in given:
         name, _, size = text.rpartition("=")
@@ -147,6 +159,7 @@ def _render(
         "# What each key means: `edgepack build --help` and docs/project.md.",
         f"name = {_quoted(name)}",
         f"model = {_quoted(model)}",
+        *([f"signature = {_quoted(answers.signature)}"] if answers.signature else []),
         f"targets = [{', '.join(_quoted(target) for target in answers.targets)}]",
         "",
         *(f"# input  {spec}" for spec in written.inputs),

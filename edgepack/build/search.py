@@ -13,6 +13,7 @@ was. docs/adr/0015-search.md.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnr
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.gate import can_be_proved
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.recipes import Recipe, is_static_onnx, narrowed, price_of, priced
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -38,6 +39,10 @@ TIMED = 4
 LEAST_CHANCE = 0.8
 """That the gate passes it, for a candidate to be taken as one that holds. The gate is asked once: a bolder choice would
 fail more builds, a shyer one ship larger models."""
+HALVINGS = 2
+"""Of the ratio between two prices of a bit, a factor of 4 at first: then bytes are within a fifth of a bit a weight."""
+MACS_SHARES = (0.7, 0.5)
+"""Of the arithmetic left, in turn."""
 FLOAT_LAYERS = (1, 2, 4, 8, 16, 32)
 """How many of the most sensitive layers are left in float, in turn."""
 
@@ -114,10 +119,12 @@ class _Search:
         for plan in setting.plans:
             self._add(plan, base=plan.recipe.name)
         proposed = list(self.candidates)
-        last_static = max((place for place, c in enumerate(proposed) if c.is_static), default=None)
+        last_static = max((place for place, c in enumerate(proposed) if is_static_onnx(c.plan.recipe)), default=None)
         for place, candidate in enumerate(proposed):
             self._try(candidate)
             if place == last_static:
+                self._refine()
+                self._narrow()
                 self._mix()
         chosen = self._choose()
         return Found(
@@ -235,6 +242,35 @@ class _Search:
         best = next(iter(self._holding()), None)
         return best if best is not None and self._rank(best)[0] <= self._rank(candidate)[0] else None
 
+    def _refine(self) -> None:
+        """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio; twice
+        the price where there is none that does not."""
+        for _ in range(HALVINGS):
+            judged = [(price_of(c.plan.recipe), c) for c in self.candidates if c.selection is not None]
+            rungs = sorted(((price, c) for price, c in judged if price is not None), key=lambda each: each[0])
+            holding = [each for each in rungs if each[1].outcome == "kept"]
+            beyond = [price for price, _ in rungs if holding and price > holding[-1][0]]
+            if not holding:
+                return
+            price, base = holding[-1]
+            other = math.sqrt(price * beyond[0]) if beyond else 2 * price
+            recipe = priced(other, base.plan.target.numerics.weight_bits)
+            self._try(self._add(self.setting.plan_of(recipe), base=base.base))
+
+    def _narrow(self) -> None:
+        """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
+        bytes. At half its price of a bit: what is left has less to spare."""
+        best = next((c for c in self._holding() if is_static_onnx(c.plan.recipe)), None)
+        if self.setting.search.objective == "size" or best is None:
+            return
+        price = price_of(best.plan.recipe)
+        whole = best.plan.recipe if price is None else priced(price / 2, best.plan.target.numerics.weight_bits)
+        for share in MACS_SHARES:
+            candidate = self._add(self.setting.plan_of(narrowed(whole, share)), base=best.base)
+            self._try(candidate)
+            if candidate.outcome != "kept":
+                return
+
     def _mix(self) -> None:
         """Where static int8 does not hold: leave the layers that cost most in float, ever more, until it does.
 
@@ -242,10 +278,10 @@ class _Search:
         """
         judge = self.setting.judge
         hopeless = not (self._accepts_unresolved or self._can_resolve())
-        if any(c.is_static for c in self._holding()) or hopeless or self._spent():
+        if any(is_static_onnx(c.plan.recipe) for c in self._holding()) or hopeless or self._spent():
             return
-        # saturation is the target's, and probes run here
-        tried = [c for c in self.candidates if c.is_static and c.selection and not c.plan.recipe.emulate_saturation]
+        tried = [c for c in self.candidates if c.selection is not None and is_static_onnx(c.plan.recipe)]
+        tried = [c for c in tried if not c.plan.recipe.emulate_saturation]  # probes run here, where nothing saturates
         base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst), default=None)
         if base is None or self._beaten_by(base) is not None:
             return
@@ -315,9 +351,9 @@ class _Search:
             fit = self._time_some(holding)
             if fit:
                 return min(fit, key=self._rank)
-            timed = {(c.plan.recipe.runtime, c.plan.recipe.precision): c for c in self.candidates if c.speed}
+            timed = {c.arithmetic: c for c in self.candidates if c.speed is not None}
             for candidate in [c for c in self.candidates if c.outcome == "not tried"]:
-                alike = timed.get((candidate.plan.recipe.runtime, candidate.plan.recipe.precision))
+                alike = timed.get(candidate.arithmetic)
                 if alike is None:
                     self._try(candidate)
                 else:

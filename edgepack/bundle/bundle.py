@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from edgepack.bundle.archive import Member, read_members
 from edgepack.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from edgepack.coding.files import expand_file
 from edgepack.errors import InputError, VerificationError
 from edgepack.store import atomic_file, digest_bytes, digest_file
 
@@ -73,12 +74,28 @@ class Bundle:
                 target.write(piece)
         return digest.hexdigest()
 
+    def model_content(self, role: str) -> bytes:
+        """One file of the model as a runtime loads it, expanded where it is coded. Raises VerificationError."""
+        path, coded = self.manifest.model.files[role], self.manifest.model.coded
+        data = self.read(path)
+        if coded is None or role not in coded.files:
+            return data
+        content = expand_file(data, f"{self.path}: '{path}'", max_bytes=coded.files[role].bytes)
+        if digest_bytes(content) != coded.files[role].sha256:
+            raise VerificationError(f"{self.path}: '{path}' expands to something else than the manifest says")
+        return content
+
     def verify(self) -> None:
-        """Check the sha256 of every file. Raises VerificationError naming the first that is wrong."""
+        """Check the sha256 of every file, of coded ones also of what they expand to.
+
+        Raises VerificationError naming the first that is wrong.
+        """
         with _reading(self.path), self.path.open("rb") as stream:
             for path, entry in self.manifest.files.items():
                 if self._copy(stream, path, None) != entry.sha256:
                     raise _wrong(self.path, path)
+        for role in self.manifest.model.coded.files if self.manifest.model.coded is not None else ():
+            self.model_content(role)
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgepack.errors import VerificationError
 from edgepack.store import Json, canonical_json, digest_json
@@ -24,7 +24,28 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096
 MAX_FILE_BYTES = 4 << 30  # bytes
 
+# What a forged manifest may say is bounded, so that whoever prints or obeys it needs no checks of its own.
+MAX_BYTES = 1 << 40  # of a size that is told: a tebibyte
+MAX_RUNS = 1_000_000  # the runner's own limit (MAX_SAMPLES)
+MAX_SECONDS = 86_400.0
+MAX_THREADS = 1024
+MAX_SAMPLES = 4096
+MAX_MIB = 1 << 24
+MAX_MS = 86_400_000.0
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text[:80]!r} has characters that no terminal should get")
+    return text
+
+
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Line = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
+"""One line of text that can be printed as it is."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){1,3}$")]
+Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 Facts = dict[str, pydantic.JsonValue]
 
 
@@ -40,58 +61,70 @@ class FileEntry(Part):
 class TargetPart(Part):
     """What the bundle was built for; `digest` is of the whole descriptor."""
 
-    name: str
-    title: str
+    name: Name
+    title: Line
     digest: Hex
-    machine: str
-    cpu_model: str
-    cpu_flags: tuple[str, ...]
-    memory_mib: int | None = None
+    machine: Name
+    cpu_model: Line
+    cpu_flags: Annotated[tuple[Line, ...], Field(max_length=256)]
+    memory_mib: Annotated[int, Field(gt=0, le=MAX_MIB)] | None = None
     accelerator: Facts | None = None
 
 
 class OsId(Part):
-    id: str
-    version_id: str
+    id: Line
+    version_id: Line
 
 
 class Requires(Part):
     """What a device must have beside the target's processor."""
 
-    os_name: str
-    os_ids: tuple[OsId, ...]
-    python: str
-    glibc: str
+    os_name: Line
+    os_ids: Annotated[tuple[OsId, ...], Field(max_length=64)]
+    python: Version
+    glibc: Version
     """Of the runtime's libraries: the oldest that loads them."""
 
 
 class TensorPart(Part):
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...]
+    name: Line
+    dtype: Name
+    shape: Annotated[tuple[int | Line | None, ...], Field(max_length=64)]
 
 
 class BlobPart(Part):
     """A model compiled for an NPU ahead of time, as it says itself."""
 
-    platform: str
+    platform: Line
     """As NPU_PLATFORM names it."""
-    compatibility: str
+    compatibility: Line
     """What the device's driver compares: "compiler=8.4;npu=4000;t=4;elf=1.2.2;mi=11.4.10"."""
-    compiler: str
-    openvino: str
+    compiler: Line
+    openvino: Line
+
+
+class CodedPart(Part):
+    """Files of the model that travel entropy-coded (docs/coding.md)."""
+
+    decoder: str
+    """Path in the bundle of what expands them."""
+    files: Annotated[dict[str, FileEntry], Field(min_length=1)]
+    """By role: what each is when it is expanded."""
 
 
 class ModelPart(Part):
     files: dict[str, str]
     """Path in the bundle by role: `model`, `weights` where the format keeps them apart, `blob` for an NPU."""
+    coded: CodedPart | None = None
     format: Literal["onnx", "openvino-ir"]
-    precision: Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
-    """`-weights`: stored so, computed in float32."""
-    candidate: str
+    precision: Literal[
+        "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
+    ]
+    """`-weights`: stored so, computed in float32; `as-is`: what the model had that was given."""
+    candidate: Line
     """Of those that the search tried (evidence.json): `int8`, `int8-w4`."""
     source_sha256: Hex
-    source_bytes: int
+    source_bytes: Bytes
     inputs: tuple[TensorPart, ...]
     outputs: tuple[TensorPart, ...]
     preprocess: Facts | None = None
@@ -100,17 +133,17 @@ class ModelPart(Part):
 
 
 class RuntimePart(Part):
-    name: str
-    version: str
+    name: Name
+    version: Line
     wheels: tuple[str, ...]
     options: Facts
 
 
 class PassPart(Part):
-    name: str
-    version: int
+    name: Name
+    version: Annotated[int, Field(ge=0, le=1_000_000)]
     params: Facts
-    tools: dict[str, str]
+    tools: dict[Line, Line]
     """Version of each library that the pass ran."""
 
 
@@ -119,12 +152,18 @@ class AccuracyPart(Part):
 
     verdict: Facts
     evaluation_sha256: Hex
-    judged_in: str
+    judged_in: Line
     """Runtime and version, its device, and the machine: "onnxruntime 1.32.0 on x86_64 (CPU)"."""
-    note: str | None = None
+    note: Line | None = None
     """What the reader must know, for instance that no NPU ran it."""
     robustness: Facts | None = None
     """Under corruption; None where the project sets no limit."""
+
+    @field_validator("verdict")
+    @classmethod
+    def _verdict_can_be_shown(cls, value: Facts) -> Facts:
+        _Shown.model_validate(value)
+        return value
 
 
 class SpeedPart(Part):
@@ -138,48 +177,66 @@ class SpeedPart(Part):
     verdict: Literal["faster", "equal", "slower", "unresolved"]
     baseline_ms: float
     candidate_ms: float
-    disturbances: tuple[str, ...]
-    where: str
+    disturbances: tuple[Line, ...]
+    where: Line
+
+
+class _Shown(pydantic.BaseModel):
+    """What is printed of a verdict (judge/gate.py has all of it)."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    metric: Line
+    baseline: float | None
+    value: float | None
+    drop: float | None
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+    samples: Annotated[int, Field(ge=0)]
+    answer: Literal["passed", "missed", "unresolved"]
+    is_agreement: bool
+    is_share: bool
+    accepted_unresolved: bool
 
 
 class Golden(Part):
     inputs: str
     outputs: str
-    samples: int
-    min_sqnr_db: float
+    samples: Annotated[int, Field(gt=0, le=MAX_SAMPLES)]
+    min_sqnr_db: Annotated[float, Field(ge=-300, le=300)]  # the runner's own range
 
 
 class BenchPart(Part):
-    warmup: int
-    runs: int
-    seconds: float
-    threads: int
+    warmup: Annotated[int, Field(ge=0, le=MAX_RUNS)]
+    runs: Annotated[int, Field(gt=0, le=MAX_RUNS)]
+    seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+    threads: Annotated[int, Field(gt=0, le=MAX_THREADS)]
 
 
 class BudgetPart(Part):
-    latency_ms: float | None = None
-    memory_mib: float | None = None
+    latency_ms: Annotated[float, Field(gt=0, le=MAX_MS)] | None = None
+    memory_mib: Annotated[float, Field(gt=0, le=MAX_MIB)] | None = None
 
 
 class Sizes(Part):
     """Bytes."""
 
-    model: int
-    baseline_model: int
-    wheels: int
+    model: Annotated[int, Field(gt=0, le=MAX_BYTES)]
+    """As it travels."""
+    baseline_model: Annotated[int, Field(gt=0, le=MAX_BYTES)]
+    wheels: Bytes
 
 
 class Manifest(Part):
     schema_version: Literal[1] = 1
-    name: str
-    edgepack: str
+    name: Name
+    edgepack: Line
     target: TargetPart
     requires: Requires
     model: ModelPart
     runtime: RuntimePart
     passes: tuple[PassPart, ...]
     accuracy: AccuracyPart | None
-    """None in a bundle of the fp32 model itself."""
+    """None in a bundle of the fp32 model itself, or of the model as it was given."""
     speed: SpeedPart | Literal["not measured"] = "not measured"
     evidence: str | None = None
     """Path of evidence.json: every candidate that was tried, and why this one was taken."""
@@ -204,9 +261,13 @@ class Manifest(Part):
     def _what_is_named_is_there(self) -> Manifest:
         named = [*self.model.files.values(), *self.runtime.wheels, self.golden.inputs, self.golden.outputs, self.runner]
         named += [self.evidence] if self.evidence is not None else []
+        named += [self.model.coded.decoder] if self.model.coded is not None else []
         for path in named:
             if path not in self.files:
                 raise ValueError(f"'{path}' is named, but not among the files")
+        for role in self.model.coded.files if self.model.coded is not None else ():
+            if role not in self.model.files:
+                raise ValueError(f"the model's '{role}' is said to be coded, but the model has none")
         return self
 
 
@@ -242,7 +303,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         return Manifest.model_validate(table)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ascii(".".join(str(part) for part in first["loc"])[:200])[1:-1]  # it may be anything
         raise VerificationError(f"{where}: manifest: '{key}': {first['msg']}") from error
 
 

@@ -34,6 +34,8 @@ class Parts:
     golden_inputs: bytes
     golden_outputs: bytes
     evidence: bytes | None = None
+    decoder: Path | None = None
+    """Where files of the model are coded."""
 
     def contents(self) -> dict[str, Content]:
         files: dict[str, Content] = {model_path(path): path for path in self.model.values()}
@@ -41,10 +43,13 @@ class Parts:
         files |= {RUNNER: self.runner, GOLDEN_INPUTS: self.golden_inputs, GOLDEN_OUTPUTS: self.golden_outputs}
         if self.evidence is not None:
             files[EVIDENCE] = self.evidence
+        if self.decoder is not None:
+            files[DECODER] = self.decoder
         return dict(sorted(files.items()))
 
 
 RUNNER = "runner.py"
+DECODER = "decoder.py"
 EVIDENCE = "evidence.json"
 GOLDEN_INPUTS = "golden/inputs.npz"
 GOLDEN_OUTPUTS = "golden/outputs.npz"

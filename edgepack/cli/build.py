@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgepack.build.inputs import OpenProject
     from edgepack.transports.base import Transport
 
-ModelArgument = Annotated[Path | None, typer.Argument(help="An ONNX model, instead of the one that the project names.")]
+ModelArgument = Annotated[Path | None, typer.Argument(help="A model, instead of the one that the project names.")]
 TargetOption = Annotated[
     list[str] | None, typer.Option("--target", "-t", help="A target's name or a .toml file; can be repeated.")
 ]
@@ -58,6 +58,9 @@ def build(
         bool, typer.Option("--accept-unresolved", help="Ship also where there are too few samples to tell.")
     ] = False,
     update_lock: Annotated[bool, typer.Option("--update-lock", help="Measure and choose anew.")] = False,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Pack the model as it is, without a search: it is quantised already.")
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say of each candidate why it was taken, dropped or not tried.")
     ] = False,
@@ -80,6 +83,7 @@ def build(
       edgepack build --target rpi4 --target x86-avx512 --target intel-npu --json
       edgepack build --target rpi5 --objective latency --device ssh://pi@raspberrypi.local --explain
       edgepack build --target rpi4 --objective size --report report.html
+      edgepack build int8.onnx --target rpi4 --as-is
       edgepack build other.onnx --target ./my-board.toml --os debian-13 --dry-run
     """
     from edgepack.build.build import BuildOptions, plan_all
@@ -92,7 +96,7 @@ def build(
 
     store = Store(cache_folder())
     opened = _adjusted(
-        open_project(project, store, model=model),
+        open_project(project, store, model=model, say=say),
         accept_unresolved=accept_unresolved,
         search={
             "objective": objective,
@@ -106,6 +110,11 @@ def build(
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     if device not in (None, "none", "local") and len(names) > 1:
         raise UsageError(f"--device {device}: judges one target; give one --target, not {len(names)}")
+    if as_is and (baseline or device is not None or explain or report_file is not None):
+        raise UsageError(
+            "--as-is: nothing is searched, and there is no fp32 form to be compared with; leave out --baseline, "
+            "--device, --explain and --report"
+        )
     if report_file is not None:
         from edgepack.report.svg import require_plotting
 
@@ -120,6 +129,7 @@ def build(
             os_name=os,
             baseline=baseline,
             relock=update_lock,
+            as_is=as_is,
             device=transport,
             device_root=ROOT,
             measure_speed=device != "none",
@@ -133,10 +143,14 @@ def build(
             pages = [build_table(report)] if report.built else []
             text = "\n".join([*pages, *(explain_page(each) for each in report.evidence if explain)])
     if report_file is not None and not dry_run:
-        from edgepack.report.page import build_page
+        from edgepack.report.evidence import read_evidence
+        from edgepack.report.gather import NO_RESULTS, Material
+        from edgepack.report.page import report_page
         from edgepack.store import write_atomic
 
-        write_atomic(report_file, build_page(report.evidence).encode())
+        builds = tuple(read_evidence(each, f"the evidence of {each['target']}") for each in report.evidence)
+        material = Material(builds=builds, missing=(NO_RESULTS,))
+        write_atomic(report_file, report_page(material).encode())
         say(f"wrote {report_file}")
     if as_json:
         show_json(document)

@@ -28,9 +28,11 @@ install  {root, blobs, manifest: sha256} -> {bundle: path, lib: path}
          Of manifest.json it reads files: {path: {sha256, bytes}} and runtime.wheels: [path].
 
 MODEL is {runtime: "onnxruntime"|"openvino", lib: folder, files: {model: path, weights: path, blob: path}, options: {},
-threads: n}; files as the format has them. options: onnxruntime allow_spinning (bool), arena (bool); openvino device
-("CPU"), precision ("f32"). It stays loaded between requests. All models of one process come from one lib folder:
-another one needs another process. Arrays travel as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
+threads: n, coded: CODED|null}; files as the format has them. CODED is {decoder: path, files: {role: {sha256, bytes}}}:
+those files are coded; the decoder (decoder.py of the bundle) expands them in memory before the runtime sees them.
+options: onnxruntime allow_spinning (bool), arena (bool); openvino device ("CPU"), precision ("f32"). It stays loaded
+between requests. All models of one process come from one lib folder: another one needs another process. Arrays travel
+as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
 
 LOADED, in the results below, is {source: "model"|"blob", note: text|null, driver: text|null}: what was loaded. A blob
 is used on an NPU only. Where its driver refuses it, the model beside it is compiled there, and note says why.
@@ -80,6 +82,7 @@ import fcntl
 import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -425,7 +428,8 @@ def save_arrays(path: str, arrays: Arrays) -> None:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             for name, value in arrays.items():
                 with archive.open(name + ".npy", "w", force_zip64=True) as file:
-                    numpy.lib.format.write_array(file, numpy.ascontiguousarray(value), allow_pickle=False)
+                    # Not ascontiguousarray, which makes a scalar one-dimensional.
+                    numpy.lib.format.write_array(file, numpy.asarray(value, order="C"), allow_pickle=False)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -986,7 +990,51 @@ class Runner:
         for path in files.values():
             if not os.path.isfile(path):
                 raise Refused("missing", "%s: not there" % path)
+        if spec.get("coded") is not None:
+            files = expanded(files, field(spec, "coded", dict))
         return guarded(kind, files, options, threads)
+
+
+class InMemory(Dict[str, str]):
+    """Paths of files; those in `handles` lie in memory, until whoever reads them lets go of this."""
+
+    def __init__(self, files: Dict[str, str]) -> None:
+        super().__init__(files)
+        self.handles: List[int] = []
+
+    def __del__(self) -> None:
+        for handle in self.handles:
+            os.close(handle)
+
+
+def expanded(files: Dict[str, str], coded: Dict[str, Any]) -> InMemory:
+    """The same files with the coded ones expanded: in memory, so that no load writes to flash or leaves a file behind.
+
+    Any runtime can read /proc/self/fd; each has another way, or none, to load a model from a buffer.
+    """
+    found = InMemory(files)
+    where = path_of(coded, "decoder")
+    if not os.path.isfile(where):
+        raise Refused("missing", "%s: not there" % where)
+    found_spec: Any = importlib.util.spec_from_file_location("edgepack_decoder", where)
+    decoder = importlib.util.module_from_spec(found_spec)
+    guarded(found_spec.loader.exec_module, decoder)
+    for role, entry in field(coded, "files", dict).items():
+        size, path = field(entry, "bytes", int), path_of(files, role)
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            content = decoder.expand(data, size)
+        except decoder.DamagedError as error:
+            raise Refused("corrupt", "%s: %s" % (path, error)) from error
+        if len(content) != size or hashlib.sha256(content).hexdigest() != digest_of(entry, "sha256"):
+            raise Refused("corrupt", "%s: expands to something else than its manifest says" % path)
+        handle = os.memfd_create(role)
+        found.handles.append(handle)
+        with open(handle, "wb", closefd=False) as memory:
+            memory.write(content)
+        found[role] = "/proc/self/fd/%d" % handle
+    return found
 
 
 def how_loaded(model: Any) -> Dict[str, Any]:
@@ -1011,7 +1059,7 @@ def check_feed(model: Any, feed: Arrays) -> None:
 def prepared(model: Any, stacked: Arrays, index: int) -> Any:
     import numpy
 
-    feed = {name: numpy.ascontiguousarray(value[index]) for name, value in stacked.items()}
+    feed = {name: numpy.asarray(value[index], order="C") for name, value in stacked.items()}
     check_feed(model, feed)
     return model.prepare(feed)
 

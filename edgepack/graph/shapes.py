@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
 from edgepack.errors import InputError
+from edgepack.graph.inference import infer_shapes
 from edgepack.spec.load import did_you_mean
 from edgepack.spec.tensor import TensorSpec
+
+MAX_TENSOR_BYTES = 4 << 30
 
 
 def inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
@@ -52,17 +56,43 @@ def fix_dimensions(model: onnx.ModelProto, values: Mapping[str, int], where: Pat
     fixed = _with_values(model, values)
     try:
         # Strict on a copy that claims nothing of its outputs: runtimes too take a wrong claim there with a warning.
-        onnx.shape_inference.infer_shapes(_without_output_shapes(fixed), data_prop=True, strict_mode=True)
-        inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+        infer_shapes(_without_output_shapes(fixed), strict=True)
+        inferred = infer_shapes(fixed)
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{where}: shapes do not fit together with {_shown(values)}: {_cause(error)}; "
             "check the values under [dimensions]"
         ) from error
+    _refuse_huge(inferred, where)
     for value in inferred.graph.output:
         for dimension in value.type.tensor_type.shape.dim:
             dimension.ClearField("dim_param")  # nothing is left to choose: such a size is known at run time only
     return inferred
+
+
+def _refuse_huge(model: onnx.ModelProto, where: Path | str) -> None:
+    """A few bytes of a model can ask for more than any machine has, which whatever runs it would then try to get."""
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        size = tensor_bytes(value.type.tensor_type)
+        if size is not None and size > MAX_TENSOR_BYTES:
+            raise InputError(
+                f"{where}: the tensor '{value.name}' takes {size / (1 << 30):.4g} GiB; edgepack takes tensors of at "
+                f"most {MAX_TENSOR_BYTES >> 30} GiB: give smaller values under [dimensions], or export the model again"
+            )
+
+
+def tensor_bytes(kind: onnx.TypeProto.Tensor) -> int | None:
+    """Size of a tensor's values; None where a dimension, or its type, is not known."""
+    sizes = [d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in kind.shape.dim]
+    if not kind.HasField("shape") or None in sizes or not kind.elem_type:
+        return None
+    if kind.elem_type == onnx.TensorProto.STRING:
+        return None
+    try:
+        width = int(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize)
+    except (KeyError, TypeError):
+        return None
+    return math.prod(int(size) for size in sizes if size is not None) * width
 
 
 def _with_values(model: onnx.ModelProto, values: Mapping[str, int]) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ import numpy as np
 from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError, ToolchainError, UnsupportedError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
-from edgepack.protocol import Kernels, ModelRef, RunnerClient, RunnerError
+from edgepack.protocol import Coded, Kernels, ModelRef, RunnerClient, RunnerError
 from edgepack.store import Json, storage_errors
 from edgepack.transports.base import Transport
 
@@ -27,6 +27,8 @@ class Remote:
     transport: Transport
     folder: str
     """There, for the files exchanged."""
+    coded: Coded | None = None
+    """Which of the model's files are coded there."""
 
 
 class RuntimeSession:
@@ -103,6 +105,7 @@ class RuntimeSession:
             files={role: str(path) for role, path in files.items()},
             options=self._options,
             threads=1,
+            coded=None if self._remote is None else self._remote.coded,
         )
 
     def _alone(self, model: ModelRef, feed: Feed, fetch: Sequence[str] | None) -> Iterator[Feed]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from edgepack.passes.canonicalise import Canonicalise
+from edgepack.passes.code import Code
+from edgepack.passes.compact import Compact
 from edgepack.passes.contract import Pass
 from edgepack.passes.equalise import Equalise
 from edgepack.passes.gptq import Gptq
 from edgepack.passes.half import Half
+from edgepack.passes.keep import Keep
 from edgepack.passes.low_rank import LowRank
-from edgepack.passes.narrow import StoreNarrow
 from edgepack.passes.observe import Observe
 from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
 from edgepack.passes.prune_channels import PruneChannels
@@ -21,6 +23,7 @@ PASSES: dict[str, Pass] = {
     each.name: each
     for each in (
         Canonicalise(),
+        Keep(),
         PruneChannels(),
         LowRank(),
         Equalise(),
@@ -32,7 +35,8 @@ PASSES: dict[str, Pass] = {
         WeightOnly(),
         WeightOnlyInt4(),
         Half(),
-        StoreNarrow(),
+        Compact(),
+        Code(),
         ConvertOpenvino(),
         QuantiseNncf(),
         CompileNpu(),

@@ -1,4 +1,4 @@
-"""Canonical form: shapes fixed, opset new enough for per-channel scales, the graph folded and fused by onnxslim."""
+"""Canonical form: shapes fixed, float32, opset new enough for per-channel scales, folded and fused by onnxslim."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import onnx
+import onnx.inliner
 import onnxslim
 from onnx import version_converter
 
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.index import operators
+from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
 from edgepack.graph.shapes import fix_dimensions
-from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, PassDefect, opset_of, read_onnx, same_interface
+from edgepack.passes.contract import PER_CHANNEL_OPSET, PassContext, opset_of, read_onnx, same_interface
 from edgepack.passes.fold import fold_constants
+from edgepack.passes.same_function import HALF_ERROR, ensure_same_function, refuse_random
+from edgepack.passes.widen import widen
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
 
 UPGRADE_TO = 17  # the newest opset that every onnxruntime of toolchains/ and OpenVINO's frontend read
 MIN_IR = 4  # from here on a constant need not stand among the inputs (ONNX IR specification, "Graphs")
-MAX_RELATIVE_ERROR = 1e-3
-"""Of the largest output value: fusing a BatchNormalization or folding constants only reorders float32 sums.
-
-2^-24 rounding over some thousand terms and some dozen layers stays an order below this.
-"""
-CHECKED_SAMPLES = 4
 
 
 class Canonicalise:
     name: ClassVar[str] = "canonicalise"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     title: ClassVar[str] = "fix shapes, upgrade opset, fold and fuse"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -46,44 +43,34 @@ class Canonicalise:
     def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
         before = read_onnx(files)
         refuse_quantised(before)
-        dimensions = params["dimensions"]
-        assert isinstance(dimensions, dict)
-        fixed = fix_dimensions(before, {name: int(str(size)) for name, size in dimensions.items()}, "model")
-        after = simplify(upgrade(fixed))
+        refuse_random(before)
+        fixed = fix_dimensions(inlined(before), sizes_of(params), "model")
+        wide = widen(fixed)
+        after = simplify(upgrade(wide))
         same_interface(fixed, after, self.name)
-        ensure_same_function(fixed, after, context, self.name)
+        if wide is not fixed:
+            ensure_same_function(fixed, wide, context, self.name, limit=HALF_ERROR)
+        ensure_same_function(wide, after, context, self.name)
         path = context.folder / "model.onnx"
         path.write_bytes(serialise(after))
         return {"model": path}
 
 
-def ensure_same_function(before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext, who: str) -> None:
-    """Raises PassDefect when outputs differ by more than float rounding on the first calibration samples."""
-    names = [value.name for value in before.graph.output]
-    runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
-    for old, new in zip(*runs, strict=True):
-        for name in names:
-            error = relative_error(np.asarray(old[name]), np.asarray(new[name]))
-            if error > MAX_RELATIVE_ERROR:
-                raise PassDefect(
-                    f"{who}: output '{name}' is off by {error:.2g} of its range; "
-                    f"at most {MAX_RELATIVE_ERROR:g} is rounding"
-                )
+def sizes_of(params: Mapping[str, Json]) -> dict[str, int]:
+    """The sizes that `params_for` took from the project."""
+    dimensions = params["dimensions"]
+    assert isinstance(dimensions, dict)
+    return {name: int(str(size)) for name, size in dimensions.items()}
 
 
-def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
-    """Largest difference as a share of the largest expected value; inf where shapes, NaNs or infinities differ."""
-    if expected.shape != found.shape:
-        return float("inf")
-    wide, other = expected.astype(np.float64), found.astype(np.float64)
-    finite = np.isfinite(wide)
-    if not np.array_equal(wide[~finite], other[~finite], equal_nan=True):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    scale = float(np.max(np.abs(wide[finite]))) or 1.0
-    # A NaN or an infinity where a number was expected counts as infinitely far.
-    return float(np.nan_to_num(np.max(np.abs(wide[finite] - other[finite])), nan=np.inf, posinf=np.inf)) / scale
+def canonical_form(model: onnx.ModelProto, dimensions: Mapping[str, int]) -> onnx.ModelProto:
+    """What the pass makes of a model, without the proof on samples. Raises InputError, UnsupportedError."""
+    return simplify(upgrade(widen(fix_dimensions(inlined(model), dimensions, "model"))))
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without functions of its own."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -112,7 +99,7 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
 def _shaped(model: onnx.ModelProto) -> onnx.ModelProto:
     """With the shapes of its inner tensors inferred anew."""
     del model.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return infer_shapes(model)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -126,14 +113,24 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         taken.add(node.name)
 
 
+QDQ = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+INTEGER = {"ConvInteger", "MatMulInteger", "QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
+INTEGER |= {"MatMulNBits", "QMoE", "MatMulBnb4", "GatherBlockQuantized"}
+"""Operators on integers, ONNX's own and onnxruntime's, beside those that begin with QLinear."""
+
+
+def quantised_operators(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The operators that tell that somebody quantised the model already; () for a float model."""
+    found = operators(model.graph) | {node.op_type for function in model.functions for node in function.node}
+    return tuple(sorted(op for op in found if op in QDQ | INTEGER or op.startswith("QLinear")))
+
+
 def refuse_quantised(model: onnx.ModelProto) -> None:
     """Raises UnsupportedError for a model that somebody quantised already."""
-    kinds = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
-    contrib = {"QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"}  # onnxruntime's
-    kinds |= contrib
-    found = sorted({op for op in operators(model.graph) if op in kinds or op.startswith("QLinear")})
+    found = quantised_operators(model)
     if found:
+        form = "QOperator" if set(found) - QDQ else "QDQ"
         raise UnsupportedError(
-            f"model: already quantised (it has {', '.join(found)}); quantising twice loses accuracy twice: "
-            "give the float32 model"
+            f"model: already quantised ({form}: it has {', '.join(found)}); quantising twice loses accuracy twice: "
+            "give the float32 model, or ship this one as it is with --as-is"
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgepack.graph.index import attributes
+from edgepack.graph.inference import infer_shapes
 from edgepack.passes.channel_sets import ChannelSets, keep_mask
 from edgepack.passes.layer_rows import Matrix
 from edgepack.passes.layer_sweep import LayerSweep
@@ -82,7 +83,7 @@ def cut_out(model: onnx.ModelProto, sets: ChannelSets, removed: set[int]) -> onn
             if node.name in sets.depthwise:
                 next(each for each in node.attribute if each.name == "group").i = int(kept.sum())
     del out.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(out, data_prop=True)
+    return infer_shapes(out)
 
 
 def _axes(node: onnx.NodeProto) -> tuple[int, int]:

@@ -9,13 +9,30 @@ from __future__ import annotations
 import itertools
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.graph.index import GraphIndex
+from edgepack.graph.load import serialise
+from edgepack.passes.contract import (
+    PassContext,
+    PassDefect,
+    read_onnx,
+    require_per_channel_opset,
+    same_interface,
+)
+from edgepack.spec.project import Project
+from edgepack.spec.target import Target
+from edgepack.store import Json
+
+CHECKED_SAMPLES = 2
+MIN_SQNR_DB = 25.0
+"""One step of 8 bits at a tensor's full range is 48 dB below it; some dozen of them elsewhere keep this."""
 
 PRODUCT_BYTES = 64
 """A Mul node with its names takes about 40; below this a bias's own scales are as small as their product."""
@@ -170,3 +187,48 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for each in _graphs(graph):
         yield from each.node
+
+
+class Compact:
+    name: ClassVar[str] = "compact"
+    version: ClassVar[int] = 1
+    title: ClassVar[str] = "equal constants once, constants that follow from others not at all, short names"
+    toolchain: ClassVar[str | None] = None
+    uses_calibration: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
+    technique: ClassVar[tuple[str, ...]] = ("observe", "quantise-static", "compact")
+
+    def params_for(self, project: Project, target: Target) -> dict[str, Json]:
+        return {}
+
+    def apply(self, files: Mapping[str, Path], params: Mapping[str, Json], context: PassContext) -> dict[str, Path]:
+        before = read_onnx(files)
+        require_per_channel_opset(before, self.name)
+        after = compact(before)
+        same_interface(before, after, self.name)
+        self._ensure_equal(before, after, context)
+        path = context.folder / "model.onnx"
+        path.write_bytes(serialise(after))
+        return {"model": path}
+
+    def _ensure_equal(self, before: onnx.ModelProto, after: onnx.ModelProto, context: PassContext) -> None:
+        """Nothing is rounded; but a graph with fewer constants may fuse more, and fused kernels round elsewhere."""
+        names = [value.name for value in before.graph.output]
+        runs = (context.activations(model, names, CHECKED_SAMPLES) for model in (before, after))
+        for old, new in zip(*runs, strict=True):
+            for name in names:
+                found = sqnr_db(old[name], new[name])
+                if found < MIN_SQNR_DB:
+                    raise PassDefect(
+                        f"{self.name}: output '{name}' is at {found:.1f} dB of what it was; "
+                        f"compacting changes nothing, and other fusions keep {MIN_SQNR_DB:g} dB"
+                    )
+
+
+def sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """10 log10 of the expected's energy over the difference's; inf where equal, -inf where shapes or NaNs differ."""
+    wide, other = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    if wide.shape != other.shape or not np.array_equal(np.isnan(wide), np.isnan(other)):
+        return -np.inf
+    noise = float(np.sum(np.square(np.nan_to_num(wide - other))))
+    return np.inf if noise == 0 else 10 * np.log10(max(float(np.sum(np.square(np.nan_to_num(wide)))), 1e-300) / noise)

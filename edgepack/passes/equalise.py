@@ -20,9 +20,10 @@ import numpy as np
 import onnx
 
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
+from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.contract import PassContext, read_onnx, same_interface
 from edgepack.passes.rescale import HOMOGENEOUS, RESHAPES, Rescaling, Vector, keeps_last_axis, shapes_of
+from edgepack.passes.same_function import ensure_same_function
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json

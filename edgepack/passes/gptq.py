@@ -4,7 +4,7 @@ Frantar et al. 2022 (GPTQ), Li et al. 2025 (GPTAQ) for the asymmetric target, Na
 Quantization Through Weight Equalization and Bias Correction", section 4.2, for the bias: see gptq_core.py
 and row_moments.py for what is computed, ADR 11 for why so.
 
-Layers go in graph order, in stages: gptq_sweep.py. With `error_per_bit` the integers are also chosen for a short code:
+Layers go in graph order, in stages: gptq_sweep.py. With `bit_price` the integers are also chosen for a short code:
 entropy_rounding.py, ADR 35.
 """
 
@@ -40,7 +40,7 @@ __all__ = ["Gptq", "GptqParams", "quantise_weights", "weighted_nodes"]
 
 class Gptq:
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "weights as integers chosen against calibration data (GPTQ), biases corrected"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -73,8 +73,8 @@ class Gptq:
         for name, bits in {**params.bits_by_node, "bits": params.bits}.items():
             if bits is not None and not 2 <= bits <= 8:
                 raise InputError(f"{self.name}: '{name}': {bits} bits; 2 to 8 can be had")
-        if params.error_per_bit is not None and not 0 < params.error_per_bit < np.inf:
-            raise InputError(f"{self.name}: error_per_bit is {params.error_per_bit}; a number above 0, or none")
+        if params.bit_price is not None and not 0 < params.bit_price < np.inf:
+            raise InputError(f"{self.name}: bit_price is {params.bit_price}; a number above 0, or none")
         for name in params.bits_by_node:
             if name not in known:
                 raise InputError(f"{self.name}: bits are given for '{name}', which is no node with quantisable weights")

@@ -50,8 +50,10 @@ class GptqParams:
     """A layer with more inputs a channel has no full matrix: rounded to nearest at the best scale."""
     damping: float = 0.01
     asymmetric: bool = True
-    error_per_bit: float | None = None
-    """Relative squared error at the outputs that one bit of code is worth; None leaves the code length out of it.
+    bit_price: float | None = None
+    """Relative squared error at the outputs that one bit of code less a weight, over all weights, is worth.
+
+    Of all of them, so that one price means much the same for networks of any size. None leaves code out of it.
 
     With it, `bits` only bounds the integers: 8 lets them run as int8.
     """
@@ -68,14 +70,14 @@ class GptqParams:
             "max_columns": self.max_columns,
             "damping": self.damping,
             "asymmetric": self.asymmetric,
-            "error_per_bit": self.error_per_bit,
+            "bit_price": self.bit_price,
             "sensitivity_samples": self.sensitivity_samples,
             "seed": self.seed,
         }
 
     @staticmethod
     def from_json(params: Mapping[str, Json]) -> GptqParams:
-        by_node, samples, per_bit = params["bits_by_node"], params["samples"], params["error_per_bit"]
+        by_node, samples, per_bit = params["bits_by_node"], params["samples"], params["bit_price"]
         assert isinstance(by_node, Mapping)
         return GptqParams(
             bits=int(str(params["bits"])),
@@ -86,7 +88,7 @@ class GptqParams:
             max_columns=int(str(params["max_columns"])),
             damping=float(str(params["damping"])),
             asymmetric=params["asymmetric"] is True,
-            error_per_bit=None if per_bit is None else float(str(per_bit)),
+            bit_price=None if per_bit is None else float(str(per_bit)),
             sensitivity_samples=int(str(params["sensitivity_samples"])),
             seed=int(str(params["seed"])),
         )
@@ -129,6 +131,7 @@ class GptqSweep:
             seed=params.seed,
         )
         self.sweep = LayerSweep(model, nodes, settings, activations)
+        self.weights = sum(self.sweep.weight(name).size for name in nodes)
 
     def run(self) -> tuple[onnx.ModelProto, dict[str, IntegerWeight]]:
         """The changed model, and integers and scales by node."""
@@ -159,10 +162,10 @@ class GptqSweep:
         if self.params.asymmetric and moments.cross is not None and moments.cross.any():
             ridge = np.minimum(RIDGE + NOISE_RIDGE * moments.shrinkage, 1.0)
             target = corrected_target(weight, moments.second, moments.cross, ridge=ridge)
-        if self.params.error_per_bit is None:
+        if self.params.bit_price is None:
             return round_layer(target, factor(moments.second, damping=self.params.damping), bits)
         sensitivity = self.sweep.sensitivity(name, moments)
         if sensitivity is None:
             return round_plainly(weight, bits)
         feedback = factor(moments.second, damping=self.params.damping)
-        return round_for_rate(target, feedback, bits, sensitivity / self.params.error_per_bit)
+        return round_for_rate(target, feedback, bits, sensitivity * self.weights / self.params.bit_price)

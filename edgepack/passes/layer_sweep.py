@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from edgepack.errors import InputError
 from edgepack.graph.extract import extract
 from edgepack.graph.index import GraphIndex
+from edgepack.graph.inference import infer_shapes
 from edgepack.passes.contract import Activations
 from edgepack.passes.gptq_core import factor, layer_cost, round_at, search_scales
 from edgepack.passes.layer_rows import LayerMatrix, Matrix, RowProbe, layer_matrix, row_probe, static_shapes
@@ -98,7 +99,7 @@ class LayerSweep:
         self.layers = {
             name: layer_matrix(node, self.index.constants[node.input[1]].dims) for name, node in self.nodes.items()
         }
-        self.shapes = static_shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
+        self.shapes = static_shapes(infer_shapes(model))
 
     def walk(self) -> Iterator[tuple[str, Moments | None]]:
         """Each layer with its moments; None where the shape of its input is not known before it runs.

@@ -20,13 +20,15 @@ from onnx import helper, numpy_helper
 
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.index import attributes, names
+from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
+from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.contract import PassContext, read_onnx, require_static_inputs, same_interface
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix
 from edgepack.passes.layer_sweep import NARROWING, LayerSweep, read_narrowing, sweep_settings
 from edgepack.passes.row_moments import Moments
+from edgepack.passes.same_function import ensure_same_function
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -213,7 +215,7 @@ def _split(model: onnx.ModelProto, pairs: Mapping[str, tuple[Matrix, Matrix]]) -
     kept = [tensor for tensor in out.graph.initializer if tensor.name not in dropped]
     del out.graph.initializer[:]
     out.graph.initializer.extend([*kept, *constants])
-    return onnx.shape_inference.infer_shapes(out, data_prop=True)
+    return infer_shapes(out)
 
 
 def _two_nodes(

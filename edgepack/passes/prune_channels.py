@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 
 from edgepack.errors import InputError, UnsupportedError
+from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
+from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.channel_removal import cut_out, refit
 from edgepack.passes.channel_saliency import Order, Reader, removal_order
 from edgepack.passes.channel_sets import ChannelSets, Family, keep_mask
@@ -25,6 +26,7 @@ from edgepack.passes.contract import PassContext, PassDefect, read_onnx, require
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix, layer_matrix, static_shapes
 from edgepack.passes.layer_sweep import NARROWING, LayerSweep, read_narrowing, sweep_settings
+from edgepack.passes.same_function import ensure_same_function
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -86,7 +88,7 @@ class PruneChannels:
         params: Mapping[str, Json],
         context: PassContext,
     ) -> onnx.ModelProto:
-        shapes = static_shapes(onnx.shape_inference.infer_shapes(before, data_prop=True))
+        shapes = static_shapes(infer_shapes(before))
         sets = ChannelSets(before, shapes)
         nodes = {n: node for n, node in weighted_nodes(before).items() if n in sets.readers or n in sets.depthwise}
         settings = sweep_settings(params, prefix=PREFIX, damping=DAMPING)

@@ -20,9 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.errors import InputError
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import ensure_same_function, refuse_quantised
+from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.contract import Activations, PassContext, opset_of, read_onnx, same_interface
 from edgepack.passes.rescale import Rescaling, Vector
+from edgepack.passes.same_function import ensure_same_function
 from edgepack.passes.smooth_sites import Site, row_position, sites_of
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target

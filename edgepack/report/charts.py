@@ -27,7 +27,7 @@ def sensitivity(evidence: Evidence, prefix: str) -> str | None:
         axes = figure.add_subplot()
         for row, layer in enumerate(layers):
             axes.barh(row, layer.gain_db, height=0.7, color=COLOURS["front"], gid=f"p{row}")
-        axes.set_yticks(range(len(layers)), [_short(layer.node) for layer in layers], fontsize=9.5)
+        axes.set_yticks(range(len(layers)), [short(layer.node) for layer in layers], fontsize=9.5)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.axvline(0, color=COLOURS["muted"], linewidth=1)
@@ -46,7 +46,7 @@ def ranked(layers: Sequence[Layer]) -> list[Layer]:
     return sorted(layers, key=lambda layer: (-layer.gain_db, layer.node))
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """The end of a long name: that is where layers differ."""
     name = printable(name)
     return name if len(name) <= LABEL_LENGTH else f"\u2026{name[1 - LABEL_LENGTH :]}"
@@ -70,7 +70,7 @@ def robustness(evidence: Evidence, prefix: str) -> str | None:
             _panel(axes, report, names[index], share)
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, handletextpad=0.5)
         figure.supxlabel("severity", fontsize=11)
-        figure.supylabel(report.metric + (", %" if share else ""), fontsize=11)
+        figure.supylabel(printable(report.metric) + (", %" if share else ""), fontsize=11)
 
     text = "; ".join(
         f"{each.corruption} {each.severity}: fp32 {value_text(each.baseline, share)}, "

@@ -13,18 +13,14 @@ import pydantic
 from pydantic import Field
 
 from edgepack.errors import InputError
+from edgepack.report.part import Part, Range, parse
 from edgepack.store import Json
 
 SCHEMA = 1
 
 Outcome = Literal["chosen", "kept", "dropped", "failed", "not tried"]
 Answer = Literal["passed", "missed", "unresolved"]
-Range = tuple[float, float]
 Bytes = Annotated[int, Field(ge=0)]
-
-
-class Part(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Samples(Part):
@@ -38,7 +34,7 @@ class Baseline(Part):
 
 class PassRun(Part):
     name: str
-    params: dict[str, pydantic.JsonValue] = {}
+    params: dict[str, pydantic.JsonValue] = Field(default_factory=dict)
 
 
 class Selection(Part):
@@ -170,12 +166,4 @@ def read_evidence(entry: Mapping[str, Json], where: str) -> Evidence:
             f"{where}: schema is {schema!r}; this version draws evidence of schema {SCHEMA}: "
             "use the edgepack that wrote it, or build again"
         )
-    try:
-        return Evidence.model_validate(entry)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{where}: {field}: {first['msg']}; found {first['input']!r:.80}; expected evidence as `edgepack build` "
-            "writes it"
-        ) from error
+    return parse(Evidence, entry, where, expected="evidence as `edgepack build` writes it")

@@ -1,4 +1,4 @@
-"""The HTML page of builds: for each target the front it was chosen from, every candidate, and what the gates said.
+"""The HTML page: what was built, what was measured of it, and the history, as far as each is there.
 
 One file without a script or a network: inline CSS, inline SVG (svg.py). The template escapes whatever it is handed;
 only figures, which are escaped as XML, are put in as they are. The same input gives the same bytes.
@@ -6,103 +6,34 @@ only figures, which are escaped as XML, are put in as they are. The same input g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
 
-from edgepack.report import charts, front
-from edgepack.report.evidence import Candidate, Evidence, Robustness, read_evidence
+from edgepack.report import charts
+from edgepack.report.builds import section
+from edgepack.report.gather import Material
+from edgepack.report.results import measurements
 from edgepack.report.svg import printable, require_plotting
-from edgepack.report.tables import size_text
-from edgepack.report.words import drop_text, limit_text, params_text, ratio_text, smaller_text, value_text
-from edgepack.store import Json
+from edgepack.report.tables import ms_text, size_text
+from edgepack.report.words import drop_text, limit_text, value_text
 
-ANSWERS = {"passed": "good", "missed": "bad", "unresolved": "doubt", "accepted": "doubt"}
-"""The gate's answer -> the class of its badge."""
-OUTCOMES = {"chosen": "good", "kept": "plain", "dropped": "quiet", "failed": "bad", "not tried": "quiet"}
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Badge:
-    text: str
-    kind: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One pass of a candidate."""
-
-    name: str
-    title: str
-    """What it does; empty where this version does not know the pass."""
-    params: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One candidate, as text."""
-
-    number: int
-    name: str
-    badge: Badge
-    on_front: bool
-    chosen: bool
-    size: str
-    smaller: str
-    metric: str
-    drop: str
-    speed: str
-    speed_verdict: str
-    speed_detail: str
-    reason: str
-    why: str
-    steps: tuple[Step, ...]
-    drift: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One corruption at one severity; `heat` from 0 to 5, by how much of the limit was lost."""
-
-    text: str
-    detail: str
-    heat: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """One target."""
-
-    anchor: str
-    evidence: Evidence
-    rows: tuple[Row, ...]
-    chosen: Row | None
-    gate: Badge
-    gate_drop: str
-    robustness: Badge | None
-    robustness_rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
-    severities: tuple[int, ...]
-    figures: Mapping[str, str]
-    """SVG by name; one that there is nothing to draw for is left out."""
-
-
-def build_page(entries: Sequence[Mapping[str, Json]]) -> str:
-    """The whole page, of the evidence of one or several targets in the order given.
-
-    Raises InputError where an entry is no evidence of schema 1, UnsupportedError where matplotlib or jinja2 is missing.
-    """
+def report_page(material: Material) -> str:
+    """The whole page, in the order given. Raises UnsupportedError where matplotlib or jinja2 is missing."""
     require_plotting()
     import jinja2
     from markupsafe import Markup
 
-    sections = [
-        _section(
-            read_evidence({key: _printable(value) for key, value in entry.items()}, f"evidence {number}"), f"t{number}"
-        )
-        for number, entry in enumerate(entries, 1)
-    ]
+    builds = [section(evidence, f"t{number}") for number, evidence in enumerate(material.builds, 1)]
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("edgepack.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "svg": Markup,
@@ -110,119 +41,25 @@ def build_page(entries: Sequence[Mapping[str, Json]]) -> str:
         "value": value_text,
         "drop": drop_text,
         "limit": limit_text,
+        "ms": ms_text,
+        "ticked": _ticked,
     }
-    environment.globals |= {"ranked": charts.ranked, "answers": ANSWERS}
-    folder = resources.files("edgepack.report") / "templates"
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    names = sorted({section.evidence.name for section in sections})
+    environment.globals["ranked"] = charts.ranked
+    measured = measurements(material)
+    found = {each.evidence.name for each in builds} | {row.name for row in material.history}
     # CSS of ours, not of the evidence
-    style = Markup((folder / "page.css").read_text(encoding="utf-8"))
-    return template.render(sections=sections, names=names, style=style)
-
-
-def _printable(value: Json) -> Json:
-    """The same document without characters that neither HTML nor SVG can hold."""
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {printable(key): _printable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_printable(each) for each in value]
-    return value
-
-
-def _section(evidence: Evidence, anchor: str) -> Section:
-    rows = tuple(_row(evidence, each, number) for number, each in enumerate(evidence.candidates, 1))
-    drawn = {
-        name: paint(evidence, f"{anchor}-{name}")
-        for name, paint in (
-            ("drop", front.size_and_drop),
-            ("speed", front.size_and_speed),
-            ("sensitivity", charts.sensitivity),
-            ("robustness", charts.robustness),
-        )
-    }
-    gate, report = evidence.gate, evidence.robustness
-    severities = tuple(sorted({each.severity for each in report.conditions})) if report else ()
-    return Section(
-        anchor=anchor,
-        evidence=evidence,
-        rows=rows,
-        chosen=next((row for row in rows if row.chosen), None),
-        gate=_answer(gate.answer, accepted=gate.accepted_unresolved)
-        if gate
-        else Badge(text="not judged", kind="quiet"),
-        gate_drop=drop_text(gate.drop, gate.interval, gate.is_share) if gate else "",
-        robustness=_answer(report.answer, accepted=report.accepted_unresolved) if report else None,
-        robustness_rows=_robustness_rows(report, severities, evidence.is_share) if report else (),
-        severities=severities,
-        figures={name: figure for name, figure in drawn.items() if figure is not None},
+    style = Markup((resources.files("edgepack.report") / "templates" / "page.css").read_text(encoding="utf-8"))
+    page = environment.get_template("page.html").render(
+        builds=builds, measured=measured, material=material, names=sorted(found), style=style
     )
+    return printable(page)
 
 
-def _answer(answer: str | None, *, accepted: bool) -> Badge:
-    if answer is None:
-        return Badge(text="no limit given", kind="quiet")
-    return Badge(text=f"{answer}, accepted" if accepted else answer, kind=ANSWERS[answer])
+def _ticked(text: str) -> Markup:
+    """What stands in backticks as code."""
+    from markupsafe import Markup, escape
 
-
-def _row(evidence: Evidence, candidate: Candidate, number: int) -> Row:
-    size, selection, speed = candidate.bytes, candidate.selection, candidate.speed
-    detail = ""
-    if speed is not None:
-        where = speed.where or (evidence.speed.where if evidence.speed else "")
-        detail = f"{speed.candidate_ms:.3g} ms against {speed.baseline_ms:.3g} ms of fp32, in turns"
-        detail += f" on {where}" if where else ""
-    return Row(
-        number=number,
-        name=candidate.name,
-        badge=Badge(text=candidate.outcome, kind=OUTCOMES[candidate.outcome]),
-        on_front=candidate.front,
-        chosen=candidate.outcome == "chosen",
-        size="not made" if size is None else size_text(size),
-        smaller="" if size is None else smaller_text(size, evidence.baseline.bytes),
-        metric=value_text(selection.value, selection.is_share) if selection else "not measured",
-        drop=drop_text(selection.drop, selection.interval, selection.is_share) if selection else "not measured",
-        speed=ratio_text(speed.ratio, speed.interval) if speed else "not measured",
-        speed_verdict=speed.verdict if speed else "",
-        speed_detail=detail,
-        reason=candidate.reason,
-        why=candidate.why,
-        steps=tuple(
-            Step(name=each.name, title=_title(each.name), params=params_text(each.params)) for each in candidate.passes
-        ),
-        drift=tuple(
-            (output, ", ".join(_drift_words(found.cosine, found.sqnr_db, found.kl)) or "not measured")
-            for output, found in sorted((candidate.drift or {}).items())
-        ),
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
     )
-
-
-def _drift_words(cosine: float | None, sqnr_db: float | None, kl: float | None) -> list[str]:
-    words = [] if cosine is None else [f"cosine {cosine:.5f}"]
-    words += [] if sqnr_db is None else [f"SQNR {sqnr_db:.1f} dB"]
-    return words + ([] if kl is None else [f"KL {kl:.3g}"])
-
-
-def _title(pass_name: str) -> str:
-    from edgepack.passes import PASSES
-
-    known = PASSES.get(pass_name)
-    return known.title if known else ""
-
-
-def _robustness_rows(
-    report: Robustness, severities: tuple[int, ...], share: bool
-) -> tuple[tuple[str, tuple[Cell | None, ...]], ...]:
-    found = {(each.corruption, each.severity): each for each in report.conditions}
-    limit = report.max_drop or max((each.drop or 0 for each in report.conditions), default=0) or 1
-
-    def cell(name: str, severity: int) -> Cell | None:
-        each = found.get((name, severity))
-        if each is None:
-            return None
-        heat = 5 if each.drop is None else min(max(round(each.drop / limit * 4), 0), 5)
-        values = f"fp32 {value_text(each.baseline, share)}, here {value_text(each.value, share)}"
-        return Cell(text=drop_text(each.drop, each.interval, share), detail=values, heat=heat)
-
-    return tuple((name, tuple(cell(name, severity) for severity in severities)) for name in charts.corruptions(report))

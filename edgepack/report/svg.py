@@ -13,12 +13,13 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree
 
 from edgepack.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {
@@ -36,6 +37,10 @@ COLOURS = {
 
 SIZE = (5.2, 4.3)
 """Of one figure, in inches of 72 units: 374 units wide, so that its text of 11 units is still read on a phone."""
+
+WIDE = 4.0
+"""From so many times between the least and the largest on, an axis is logarithmic: one interrupted inference must not
+flatten all others."""
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
@@ -106,6 +111,22 @@ def _set_style() -> None:
     mpl.rc("ytick", color=muted, labelcolor=text)
     mpl.rc("grid", color=COLOURS["grid"], linewidth=0.8)
     mpl.rc("legend", frameon=False, fontsize=10.0)
+
+
+def is_wide(least: float, largest: float) -> bool:
+    """Whether times from `least` to `largest` want a logarithmic axis."""
+    return 0 < least * WIDE < largest
+
+
+def logarithmic(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5; matplotlib's own are written as mathematics."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+    ticks = axes.xaxis if axis == "x" else axes.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def printable(text: str) -> str:

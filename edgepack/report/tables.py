@@ -264,7 +264,8 @@ def _speed_line(bundle: Bundle) -> str:
 def _evidence(bundle: Bundle) -> list[str]:
     accuracy = bundle.manifest.accuracy
     if accuracy is None:
-        return ["  accuracy  the fp32 model itself: nothing to compare it with"]
+        what = "the model as it was given" if bundle.manifest.model.precision == "as-is" else "the fp32 model itself"
+        return [f"  accuracy  {what}: nothing to compare it with"]
     _, baseline, value, drop, answer = _accuracy_cells(accuracy.verdict)
     verdict = accuracy.verdict
     lines = [

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from edgepack.store import Json, canonical_json
 
 NONE = "none"
 """What could not be measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Badge:
+    """An answer in a word or two, and its class in the page's CSS."""
+
+    text: str
+    kind: str
 
 
 def value_text(value: float | None, is_share: bool) -> str:

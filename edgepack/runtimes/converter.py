@@ -15,7 +15,11 @@ from edgepack.store import Json
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT_S = 3600.0  # NNCF took 22 s for a ResNet50; an hour means that it hangs
 
-SCRIPT_OF = {"nncf": "openvino_convert.py", "openvino-npu": "openvino_npu.py"}
+SCRIPT_OF = {
+    "nncf": "openvino_convert.py",
+    "openvino-npu": "openvino_npu.py",
+    "tensorflow": "tensorflow_convert.py",
+}
 """The script that speaks for each converter toolchain."""
 
 FOUND_HERE: dict[str, Callable[[], dict[str, Json]]] = {"openvino-npu": wine_fields}

@@ -16,8 +16,10 @@ from edgepack.spec.project import Objective
 from edgepack.spec.target import Dtype, Target
 from edgepack.store import Json
 
-Precision = Literal["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32"]
-"""What a model computes in; `-weights`: stored so, float32 arithmetic."""
+Precision = Literal[
+    "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
+]
+"""What a model computes in; `-weights`: stored so, float32 arithmetic; `as-is`: what the model that was given has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +89,22 @@ NPU_NOTE = (
 
 SATURATION_NOTE = "judged by exact emulation of the target's 16-bit saturating sums (vpmaddubsw)"
 
+BIT_PRICES = (0.04, 0.01, 0.0025, 0.0006)
+"""Of a bit a weight, as error at the outputs (passes/gptq_sweep.py): each takes about a bit more than the one before.
+Between the first that holds and the one before it, a search goes on by halves."""
+
+
+def rung(price: float) -> str:
+    """The name of the recipe whose bits have this price."""
+    return f"int8-p{price:.2g}"
+
+
+RUNGS = tuple(map(rung, BIT_PRICES))
+
 STATIC_ORDER: dict[Objective, tuple[str, ...]] = {
     "latency": ("int8", "int8-percentile", "int8-mse", "int8-gptq", "int8-equalised", "int8-smooth"),
-    "balanced": ("int8", "int8-w4", "int8-w3", "int8-w2", "int8-percentile", "int8-mse", "int8-gptq", "int8-smooth"),
-    "size": ("int8-w4", "int8-w3", "int8-w2", "int8", "int8-percentile", "int8-gptq", "int8-mse", "int8-smooth"),
+    "balanced": ("int8", *RUNGS, "int8-percentile", "int8-mse", "int8-gptq", "int8-smooth"),
+    "size": (*RUNGS, "int8", "int8-percentile", "int8-gptq", "int8-mse", "int8-smooth"),
 }
 """Static int8 in the order in which it is tried. Ranges: ADR 13. Equalisation is last, as it proved nothing there."""
 
@@ -119,7 +133,18 @@ def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
     """
     if runtime_of(target) == "onnxruntime":
         return _onnxruntime("fp32", "the model as it is", "fp32", ())
-    return _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+    plain = _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+    return replace(plain, passes=tuple(use for use in plain.passes if use != CODE))
+
+
+def as_is_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
+    """The model as it was given, for one that is quantised already. Raises UnsupportedError.
+
+    `npu_compiler` as of `baseline_recipe`.
+    """
+    base = baseline_recipe(target, npu_compiler=npu_compiler)
+    passes = (Use(name="keep"), *base.passes[1:], CODE)
+    return replace(base, name="as-is", why="the model as it was given", precision="as-is", passes=passes)
 
 
 def proposals(target: Target, objective: Objective, *, npu_compiler: bool = False) -> tuple[Recipe, ...]:
@@ -145,24 +170,47 @@ def proposals(target: Target, objective: Objective, *, npu_compiler: bool = Fals
 
 def _static_recipes(target: Target) -> dict[str, Recipe]:
     bits = target.numerics.weight_bits
-    gptq = {width: Use(name="gptq", params={"bits": width}) for width in (2, 3, 4, bits)}
+    gptq = Use(name="gptq", params={"bits": bits})
     return {
+        **{rung(price): priced(price, bits) for price in BIT_PRICES},
         "int8": _static("int8", "int8, ranges from smallest to largest value"),
         "int8-percentile": _static("int8-percentile", "int8, ranges that cover 99.99 %", ranges="percentile"),
         "int8-mse": _static("int8-mse", "int8, ranges of least squared error", ranges="mse"),
-        "int8-gptq": _static("int8-gptq", "int8, weights chosen by GPTQ, biases corrected", gptq[bits]),
+        "int8-gptq": _static("int8-gptq", "int8, weights chosen by GPTQ, biases corrected", gptq),
         "int8-equalised": _static("int8-equalised", "int8 after cross-layer equalisation", Use(name="equalise")),
         "int8-smooth": _static("int8-smooth", "int8 after SmoothQuant", Use(name="smooth")),
-        "int8-w4": _static("int8-w4", "int8 arithmetic, weights of 4 bits by GPTQ", gptq[4]),
-        "int8-w3": _static("int8-w3", "int8 arithmetic, weights of 3 bits by GPTQ", gptq[3]),
-        "int8-w2": _static("int8-w2", "int8 arithmetic, weights of 2 bits by GPTQ", gptq[2]),
     }
+
+
+def priced(price: float, bits: int) -> Recipe:
+    """int8 whose weights are chosen for a short code: the higher the price of a bit, the fewer bytes."""
+    why = f"int8, weights chosen for a short code (GPTQ, {price:.2g} a bit)"
+    return _static(rung(price), why, Use(name="gptq", params={"bits": bits, "bit_price": price}))
+
+
+def price_of(recipe: Recipe) -> float | None:
+    """The price of a bit in a recipe that has one."""
+    found = next((use.params.get("bit_price") for use in recipe.passes if use.name == "gptq"), None)
+    return found if isinstance(found, float) else None
+
+
+def is_static_onnx(recipe: Recipe) -> bool:
+    """Whether it is int8 by passes of ours."""
+    return recipe.precision == "int8" and recipe.runtime == "onnxruntime"
+
+
+def narrowed(recipe: Recipe, macs_share: float) -> Recipe:
+    """The same after taking out channels, until so much of the arithmetic is left."""
+    canonical, *others = recipe.passes
+    prune = Use(name="prune-channels", params={"macs_share": macs_share})
+    why = f"{recipe.why}; channels taken out, {macs_share:.0%} of the arithmetic left"
+    return replace(recipe, name=f"{recipe.name}-m{macs_share:.2g}", why=why, passes=(canonical, prune, *others))
 
 
 def _static(name: str, why: str, *before: Use, ranges: str = "min-max") -> Recipe:
     """Static int8; what it leaves in float is stored in int8."""
     static = (Use(name="observe", params={"range": ranges}), Use(name="quantise-static"))
-    return _onnxruntime(name, why, "int8", (*before, *static, Use(name="weight-only", optional=True), NARROW))
+    return _onnxruntime(name, why, "int8", (*before, *static, Use(name="weight-only", optional=True), *TRAVELS))
 
 
 def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
@@ -171,7 +219,9 @@ def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
     return replace(plain, name="int8-wide", why=why, passes=passes, note=SATURATION_NOTE, emulate_saturation=True)
 
 
-NARROW = Use(name="store-narrow")
+CODE = Use(name="code", optional=True)
+TRAVELS = (Use(name="compact"), CODE)
+"""At the end of every ONNX recipe."""
 
 
 def _float_recipes() -> dict[str, Recipe]:
@@ -181,22 +231,22 @@ def _float_recipes() -> dict[str, Recipe]:
             "int8-dynamic",
             "large products in int8, activations quantised at every run",
             "int8-dynamic",
-            (Use(name="quantise-dynamic"), rest, NARROW),
+            (Use(name="quantise-dynamic"), rest, *TRAVELS),
         ),
         "weights-int4": _onnxruntime(
             "weights-int4",
             "weights stored in 4 bits, float arithmetic",
             "int4-weights",
-            (Use(name="weight-only-int4"), NARROW),
+            (Use(name="weight-only-int4"), *TRAVELS),
         ),
         "weights-int8": _onnxruntime(
             "weights-int8",
             "weights stored in 8 bits, float arithmetic",
             "int8-weights",
-            (Use(name="weight-only"), NARROW),
+            (Use(name="weight-only"), *TRAVELS),
         ),
         "half": _onnxruntime(
-            "half", "weights stored as float16, float arithmetic", "fp16-weights", (Use(name="half"), NARROW)
+            "half", "weights stored as float16, float arithmetic", "fp16-weights", (Use(name="half"), *TRAVELS)
         ),
     }
 
@@ -251,7 +301,7 @@ def _openvino(
         why=why,
         runtime="openvino",
         precision=precision,
-        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled),
+        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled, CODE),
         model_format="openvino-ir",
         device_options=OPENVINO_NPU if npu else OPENVINO_CPU,
         judge_options=OPENVINO_CPU,

@@ -82,8 +82,11 @@ def _explain(kind: type[Spec], error: str, loc: tuple[int | str, ...], message: 
         return f"unknown key '{key}'{did_you_mean(str(loc[-1]), _keys_at(kind, loc[:-1]))}"
     if error == "missing":
         return f"missing key '{key}'"
+    reason = message.removeprefix("Value error, ")
+    if not loc:  # a check of the whole file: what was found is all of it, and the reason names what is wrong
+        return reason
     shown = repr(found)
-    return f"'{key}': {message.removeprefix('Value error, ')} (found {shown[:80]})"
+    return f"'{key}': {reason} (found {shown[:80]})"
 
 
 def _keys_at(kind: type[Spec], loc: tuple[int | str, ...]) -> list[str]:

@@ -130,6 +130,8 @@ class Project(Spec):
 
     name: str
     model: str
+    signature: str | None = None
+    """Of a SavedModel with several; by default serving_default, else the only one."""
     targets: tuple[str, ...] = ()
     dimensions: dict[str, Annotated[int, Field(gt=0, le=2**31 - 1)]] = Field(default_factory=dict)
     """A value for each free dimension of the model's inputs, by its name."""

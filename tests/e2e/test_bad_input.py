@@ -215,7 +215,7 @@ BAD: list[tuple[Spoil, str, str]] = [
     (fewer_labels, "9999", "10000"),
     (wrong_label, "label", "10"),
     (cut_data, "evaluation.npz", "npz"),
-    (same_data, "calibration and evaluation name the same data", "of its own"),
+    (same_data, "edgepack.toml: calibration and evaluation name the same data", "of its own"),
     (copied_data, "the same contents", "of its own"),
     (same_data_with_a_limit, "the same contents", "of its own"),
     (long_name, "calibration data xxx", "File name too long"),

@@ -20,6 +20,9 @@ from edgepack.bench.regression import keep
 from edgepack.bench.result import require_budgets
 from edgepack.bench.run import benchmark, measure
 from edgepack.errors import DeviceError, GateMissedError, UnsupportedError
+from edgepack.report.gather import gather
+from edgepack.report.page import report_page
+from edgepack.report.tables import ms_text
 from edgepack.store import digest_bytes, digest_file
 from edgepack.transports.base import Progress
 from edgepack.transports.local import LocalTransport
@@ -84,6 +87,21 @@ def test_a_bundle_is_installed_proved_and_timed_and_the_second_time_nothing_is_u
     assert document["budget"] == {} and not document["emulated"]
     assert [line.split(",")[0] for line in said[1:2]] == ["uploading 6 of 7 files"]
     assert second.bundle == first.bundle
+
+
+def test_a_report_draws_what_a_benchmark_kept(tmp_path: Path) -> None:
+    bundle, device, history = make_bundle(tmp_path / "bundle"), Watched(tmp_path / "home"), tmp_path / "history.sqlite"
+    result = benchmark(bundle, device, conduct=Conduct(**QUICK, profile=True))
+    kept, _ = keep(history, result.to_json(), "bench")
+    material = gather([bundle.path], history)
+    assert [each.row.id for each in material.results] == [kept]
+    assert result.environment is not None and result.latency_ms is not None and result.operators is not None
+    assert len(result.environment.readings) >= 2
+    page = report_page(material)
+    median = result.latency_ms.percentiles["p50"]
+    assert median is not None and f"<dd>{ms_text(median.value)} ms<small>" in page
+    for name in ("distribution", "time", "operators"):
+        assert f'id="m1-{name}"' in page
 
 
 def runner_digest() -> str:

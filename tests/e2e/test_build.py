@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -24,7 +25,7 @@ from edgepack.store import Store
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
-STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "store-narrow"]
+STEPS = ["canonicalise", "observe", "quantise-static", "weight-only", "compact", "code"]
 RPI4 = "dist/fashion-mnist-rpi4.edgepack"
 
 
@@ -61,7 +62,7 @@ def test_bundles_are_made_and_described_as_documented(made: Made) -> None:
     assert first["metric"] == "top1" and first["samples"] == 2000 and first["answer"] == "passed"
     assert first["interval"][0] <= first["drop"] <= first["interval"][1] <= 0.01
     assert first["model_bytes"] * 3 < first["baseline_bytes"] < first["bytes"]
-    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "store-narrow"]
+    assert first["passes"] == ["canonicalise", "observe", "quantise-static", "compact", "code"]
     bundle = open_bundle(made.project / RPI4)
     bundle.verify()
     assert bundle.file_sha256() == first["sha256"] and bundle.size_bytes == first["bytes"]
@@ -241,6 +242,51 @@ def changed_bench(target: str) -> str:
     return "\n".join([head + "[bench]", "warmup = 77", *kept, ""]) if table else f"{target}\n[bench]\nwarmup = 77\n"
 
 
+def test_a_model_that_is_quantised_already_is_refused_with_the_cure_and_packed_as_it_is_when_asked(
+    made: Made, tmp_path: Path
+) -> None:
+    exported = made.edgepack("export", RPI4, "--format", "onnx", "-o", str(tmp_path), "--json")
+    int8 = exported.document["files"]["model"]
+    project = example(tmp_path / "project", changes={"N = 1": ""})
+
+    def build(*arguments: str) -> Done:
+        return edgepack("build", int8, "-t", "rpi4", *arguments, cwd=project, cache=made.cache)
+
+    refused = build("--json")
+    assert refused.exit_code == 4 and "--as-is" in refused.document["failures"][0]["error"]
+    assert list((project / "dist").iterdir()) == []
+    (row,) = rows(build("--as-is", "--json"))
+    assert (row["precision"], row["passes"], row["metric"]) == ("as-is", ["keep", "code"], None)
+    bundle = open_bundle(project / row["path"])
+    bundle.verify()
+    kept, given = onnx.load_from_string(bundle.model_content("model")), onnx.load(int8)
+    assert list(kept.graph.node) == list(given.graph.node)
+    assert list(kept.graph.initializer) == list(given.graph.initializer)
+    assert bundle.manifest.accuracy is None
+    again = build("--as-is")
+    assert "not judged" in again.stdout and "unchanged" in again.stdout
+    assert build("--as-is", "--baseline").exit_code == build("--as-is", "--explain").exit_code == 2
+
+
+@pytest.mark.full
+def test_what_a_converter_makes_of_a_model_as_it_is_is_judged_against_that_model(made: Made, tmp_path: Path) -> None:
+    exported = made.edgepack("export", RPI4, "--format", "onnx", "-o", str(tmp_path), "--json")
+    project = example(tmp_path / "project", changes={"N = 1": ""})
+
+    def build() -> dict[str, Any]:
+        command = ["build", exported.document["files"]["model"], "-t", "intel-npu-3720", "--as-is", "--json"]
+        (row,) = rows(edgepack(*command, cwd=project, cache=made.cache))
+        return row
+
+    first, path = build(), project / "dist" / "fashion-mnist-intel-npu-3720.edgepack"
+    assert first["passes"][:2] == ["keep", "convert-openvino"]
+    assert (first["metric"], first["answer"], first["drop"]) == ("top1", "passed", pytest.approx(0, abs=0.005))
+    data = path.read_bytes()
+    assert build()["cached"] is True
+    path.unlink()
+    assert build()["cached"] is False and path.read_bytes() == data
+
+
 def test_the_baseline_is_packed_beside_for_comparison_on_the_device(made: Made) -> None:
     found = rows(made.edgepack("build", "-t", "rpi4", "--baseline", "--json"))
     assert [row["precision"] for row in found] == ["int8", "fp32"]
@@ -413,10 +459,10 @@ def test_an_npus_bundle_holds_ir_and_says_where_it_was_judged(made: Made, monkey
     done = made.edgepack("build", "-t", "intel-npu", "--json")
     (row,) = rows(done)
     assert row["target"] == "intel-npu-3720" and row["runtime"].startswith("openvino ")
-    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf"]
+    assert row["passes"] == ["canonicalise", "convert-openvino", "quantise-nncf", "code"]
     manifest = open_bundle(made.project / row["path"]).manifest
     assert manifest.accuracy is not None and manifest.accuracy.note is not None
     assert "no NPU has run this bundle" in manifest.accuracy.note
     assert "no blob" in manifest.accuracy.note and "apt-get install wine64" in manifest.accuracy.note
-    assert manifest.model.files == {"model": "model/model.xml", "weights": "model/model.bin"}
+    assert manifest.model.files == {"model": "model/model.xml.epf", "weights": "model/model.bin.epf"}
     assert manifest.runtime.options == {"device": "NPU", "precision": "f16"}

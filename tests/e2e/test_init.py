@@ -43,6 +43,16 @@ def test_what_is_missing_is_said(folder: Path, capsys: pytest.CaptureFixture[str
     assert "calibration data" in said and "evaluation data" in said
 
 
+@pytest.mark.parametrize(
+    ("targets", "command"), [([], "edgepack build --target rpi4"), (["-t", "x86-avx2"], "edgepack build")]
+)
+def test_what_comes_next_is_a_command_that_builds_for_the_targets_of_the_file(
+    folder: Path, targets: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["init", "model.onnx", "--calibration", "c.npz", "--evaluation", "e.npz", *targets]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: {command}"
+
+
 def test_a_batch_dimension_becomes_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["init", "model.onnx", "--metric", "auto"]) == 0
     assert load_project(folder / "edgepack.toml").dimensions == {"N": 1}

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from edgepack.bundle.bundle import open_bundle
-from edgepack.report.page import build_page
 from tests.support.cli import clean_cache, edgepack, example
+from tests.support.evidence import page_of_builds
 
 
 def test_the_page_draws_the_evidence_of_a_bundle(tmp_path: Path) -> None:
@@ -20,12 +20,12 @@ def test_the_page_draws_the_evidence_of_a_bundle(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     bundle = open_bundle(project / done.document["bundles"][0]["path"])
     evidence = json.loads(bundle.read("evidence.json"))
-    page = build_page([evidence])
+    page = page_of_builds([evidence])
     chosen = next(each for each in evidence["candidates"] if each["outcome"] == "chosen")
     assert f"<dd>{chosen['name']}</dd>" in page
     assert all(each["name"] in page for each in evidence["candidates"])
     assert "Drop by corruption and severity" in page and "gaussian-noise" in page
-    assert page == build_page([evidence])
+    assert page == page_of_builds([evidence])
 
 
 def test_the_page_draws_the_evidence_of_a_build_that_failed(tmp_path: Path) -> None:
@@ -33,5 +33,5 @@ def test_the_page_draws_the_evidence_of_a_build_that_failed(tmp_path: Path) -> N
     done = edgepack("build", "-t", "rpi4", "--json", cwd=project, cache=clean_cache(tmp_path / "cache"))
     assert done.exit_code in (5, 6), done.stderr
     evidence = done.document["failures"][0]["search"]
-    page = build_page([evidence])
+    page = page_of_builds([evidence])
     assert f">{evidence['gate']['answer']}</span>" in page

@@ -25,6 +25,7 @@ class Browser:
         self._session: str | None = None
         self.errors: list[str] = []
         """Console messages, exceptions, and requests that were refused."""
+        self._watched: dict[str, list[Any]] = {}
         tab = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -50,6 +51,17 @@ class Browser:
         while self._read().get("method") != "Page.loadEventFired":
             pass
 
+    @contextlib.contextmanager
+    def watching(self, event: str) -> Iterator[list[Any]]:
+        """Gives the parameters of each `event` of the block; its domain is enabled for that."""
+        domain = event.partition(".")[0]
+        found: list[Any] = []
+        self.call(f"{domain}.enable")
+        self._watched[event] = found
+        yield found
+        del self._watched[event]
+        self.call(f"{domain}.disable")
+
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
@@ -72,6 +84,8 @@ class Browser:
         message: dict[str, Any] = json.loads(first)
         if message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
             self.errors.append(json.dumps(message["params"]))
+        if message.get("method") in self._watched:
+            self._watched[message["method"]].append(message["params"])
         return message
 
 

@@ -1,8 +1,13 @@
-"""Evidence of builds as `build_page` takes it, made up but shaped like the real thing."""
+"""Evidence of builds as `report_page` takes it, made up but shaped like the real thing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from edgepack.report.evidence import read_evidence
+from edgepack.report.gather import Material
+from edgepack.report.page import report_page
 
 
 def candidate(name: str, *, size: int | None = 148_000, drop: float | None = 0.0007, **changes: Any) -> dict[str, Any]:
@@ -141,3 +146,9 @@ def evidence(target: str = "rpi4", **changes: Any) -> dict[str, Any]:
         "speed": speed(1.004, "equal") | {"where": "x86_64"},
     }
     return made | changes
+
+
+def page_of_builds(entries: Sequence[dict[str, Any]]) -> str:
+    return report_page(
+        Material(builds=tuple(read_evidence(each, f"evidence {number}") for number, each in enumerate(entries, 1)))
+    )

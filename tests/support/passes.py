@@ -16,6 +16,8 @@ import pytest
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import serialise
 from edgepack.passes.contract import Activations, Pass, PassContext
+from edgepack.passes.observe import Observe
+from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.runtimes.environment import environment, host_python
 from edgepack.spec.project import Project
 from edgepack.spec.target import load_target
@@ -32,9 +34,10 @@ options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
 options.optimized_model_filepath = sys.argv[2] + "/optimised.onnx"
 session = onnxruntime.InferenceSession(sys.argv[2] + "/model.onnx", options, providers=["CPUExecutionProvider"])
-with numpy.load(sys.argv[2] + "/feed.npz") as feed:
-    outputs = session.run(None, {name: feed[name] for name in feed.files})
-numpy.savez(sys.argv[2] + "/outputs.npz", *outputs)
+for place in range(int(sys.argv[3])):
+    with numpy.load(f"{sys.argv[2]}/feed-{place}.npz") as feed:
+        outputs = session.run(None, {name: feed[name] for name in feed.files})
+    numpy.savez(f"{sys.argv[2]}/outputs-{place}.npz", *outputs)
 print(json.dumps([output.name for output in session.get_outputs()]))
 """
 """The runtime in a process of its own, for its optimised graph: the device runner has no use for that."""
@@ -57,23 +60,31 @@ def in_onnxruntime(
 
     `version` is a pinned release; None is the one that ships.
     """
+    (outputs,) = _all_in_onnxruntime(graph, [feed], folder, version)
+    return outputs, Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+
+
+def _all_in_onnxruntime(
+    graph: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], folder: Path, version: str | None
+) -> Iterator[dict[str, Array]]:
+    """The outputs for each feed, all from one process."""
     (folder / "model.onnx").write_bytes(serialise(graph))
-    np.savez(folder / "feed.npz", allow_pickle=False, **feed)
+    for place, feed in enumerate(feeds):
+        np.savez(folder / f"feed-{place}.npz", allow_pickle=False, **feed)
     lib = lib_folder("onnxruntime") if version is None else onnxruntime_release(version)
-    argv = [sys.executable, "-I", "-S", "-c", RUN, lib, str(folder)]
+    argv = [sys.executable, "-I", "-S", "-c", RUN, lib, str(folder), str(len(feeds))]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with np.load(folder / "outputs.npz") as arrays:
-        outputs = dict(zip(json.loads(done.stdout), (arrays[name] for name in arrays.files), strict=True))
-    return outputs, Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+    for place in range(len(feeds)):
+        with np.load(folder / f"outputs-{place}.npz") as arrays:
+            yield dict(zip(json.loads(done.stdout), (arrays[name] for name in arrays.files), strict=True))
 
 
 def runtime_activations(feeds: Sequence[Mapping[str, Array]], folder: Path) -> Activations:
     """Outputs by onnxruntime: onnx's own reference has no DequantizeLinear below opset 19."""
 
     def give(graph: onnx.ModelProto, names: Sequence[str], count: int | None) -> Iterator[dict[str, Array]]:
-        for feed in feeds[:count]:
-            found, _ = in_onnxruntime(graph, feed, folder)
+        for found in list(_all_in_onnxruntime(graph, feeds[:count], folder, None)):
             yield {name: found[name] for name in names}
 
     return give
@@ -87,16 +98,39 @@ def apply(
     activations: Activations | None = None,
 ) -> onnx.ModelProto:
     """What the pass makes of the graph; calibration runs in onnx's reference unless `activations` are given."""
-    work = folder / f"pass-{len(list(folder.glob('pass-*')))}"
-    (work / "out").mkdir(parents=True)
+    (work,) = _folders(folder, 1)
     (work / "in.onnx").write_bytes(serialise(graph))
-    context = PassContext(
+    context = _context(work, graph, activations)
+    return onnx.load(each.apply({"model": work / "in.onnx"}, params, context)["model"])
+
+
+def static_int8(
+    graph: onnx.ModelProto, folder: Path, target: str, activations: Activations | None = None
+) -> onnx.ModelProto:
+    """The graph in static int8 for a shipped target, as the plain recipe makes it."""
+    first, second = _folders(folder, 2)
+    (first / "in.onnx").write_bytes(serialise(graph))
+    files = {"model": first / "in.onnx"}
+    for each, work in ((Observe(), first), (QuantiseStatic(), second)):
+        files = each.apply(files, params_on(each, target), _context(work, graph, activations))
+    return onnx.load(files["model"])
+
+
+def _folders(folder: Path, count: int) -> list[Path]:
+    """Empty ones that were not there, each with `out` in it."""
+    made = [folder / f"pass-{len(list(folder.glob('pass-*'))) + place}" for place in range(count)]
+    for each in made:
+        (each / "out").mkdir(parents=True)
+    return made
+
+
+def _context(work: Path, graph: onnx.ModelProto, activations: Activations | None) -> PassContext:
+    return PassContext(
         activations=activations or graphs.activations(graphs.samples(graph, 4)),
         tool=lambda request: {},
         feed_files=lambda count: [],
         folder=work / "out",
     )
-    return onnx.load(each.apply({"model": work / "in.onnx"}, params, context)["model"])
 
 
 def params_on(each: Pass, target: str) -> dict[str, Json]:

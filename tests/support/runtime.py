@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import Manifest
-from edgepack.bundle.pack import Parts, file_entries, wheel_path, write_bundle
+from edgepack.bundle.pack import EVIDENCE, Parts, file_entries, wheel_path, write_bundle
 from edgepack.graph.npz import npz_bytes
 from edgepack.protocol import RUNNER_PATH, ModelRef, RunnerClient
 from edgepack.runtimes.environment import environment, host_python
@@ -102,6 +102,7 @@ def make_bundle(
     *,
     golden: Arrays | None = None,
     wheels: tuple[Path, ...] | None = None,
+    evidence: bytes | None = None,
     changes: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Bundle:
     """A whole bundle of the small model for this machine, with the real onnxruntime unless `wheels` are given.
@@ -118,6 +119,7 @@ def make_bundle(
         runner=RUNNER_PATH,
         golden_inputs=npz_bytes(stacked),
         golden_outputs=npz_bytes(expected(stacked) if golden is None else golden),
+        evidence=evidence,
     )
     entries = file_entries(parts.contents())
     table: dict[str, Any] = {
@@ -150,6 +152,7 @@ def make_bundle(
         },
         "passes": [],
         "accuracy": None,
+        "evidence": None if evidence is None else EVIDENCE,
         "sizes": {"model": 1, "baseline_model": 1, "wheels": 1},
         "golden": {
             "inputs": "golden/inputs.npz",

@@ -228,5 +228,21 @@ def test_thermal_throttling_of_intel_counts_when_a_counter_rises() -> None:
     assert seen(sample(0, {path: "7\n"}), sample(1, {path: "8\n"})).throttled == ("thermal throttling",)
 
 
+def test_each_reading_says_when_the_processor_was_held_back() -> None:
+    path, zone = "/sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", "/sys/class/thermal/t/temp"
+    found = seen(
+        sample(0, {path: "7\n", zone: "60000"}, throttled="0x50000"),
+        sample(1, {path: "7\n"}, throttled="0x50001"),
+        sample(2, {zone: "70000"}),  # nothing answered at this moment
+        sample(3, {path: "8\n"}, throttled="0xd0000"),
+        sample(4, {path: "8\n"}, throttled="0xd0000"),
+    )
+    late = ("soft temperature limit", "thermal throttling")
+    assert [each.throttled for each in found.readings] == [(), ("under-voltage",), None, late, ()]
+    assert [each.temperature_c for each in found.readings] == [60.0, None, 70.0, None, None]
+    assert [each.t_ns for each in found.readings] == [0, 10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9]
+    assert found.throttled == ("under-voltage", *late)
+
+
 def test_a_step_of_the_wall_clock_is_measured_against_the_monotonic_one() -> None:
     assert seen(sample(0), sample(3, step_ms=250)).clock_step_ms == pytest.approx(250)

@@ -26,6 +26,7 @@ COMMANDS = [
     ["init"],
     ["build"],
     ["bench"],
+    ["report"],
     ["targets", "list"],
     ["targets", "show"],
     ["bundle", "inspect"],

@@ -30,8 +30,8 @@ def problem(seed: int = 0, *, groups: int = 1, outputs: int = 24, columns: int =
     return random.normal(size=(groups, outputs, columns)), mixed.transpose(0, 2, 1) @ mixed / 400
 
 
-def quantised(graph: onnx.ModelProto, error_per_bit: float | None) -> tuple[onnx.ModelProto, dict[str, IntegerWeight]]:
-    params = GptqParams(bits=8, bits_by_node={}, error_per_bit=error_per_bit, sensitivity_samples=8)
+def quantised(graph: onnx.ModelProto, bit_price: float | None) -> tuple[onnx.ModelProto, dict[str, IntegerWeight]]:
+    params = GptqParams(bits=8, bits_by_node={}, bit_price=bit_price, sensitivity_samples=8)
     return quantise_weights(graph, params, graphs.activations(graphs.samples(graph, 24)))
 
 
@@ -123,7 +123,7 @@ def test_two_runs_give_the_same_bytes() -> None:
 
 
 def test_the_pass_takes_the_price_from_its_params(tmp_path: Path) -> None:
-    params = GptqParams(bits=8, bits_by_node={}, error_per_bit=1e-5)
+    params = GptqParams(bits=8, bits_by_node={}, bit_price=1e-5)
     assert GptqParams.from_json(json.loads(json.dumps(params.as_json()))) == params
     after = apply(Gptq(), graphs.residual(), tmp_path, params.as_json())
     assert serialise(after) != serialise(apply(Gptq(), graphs.residual(), tmp_path, {**params.as_json(), "bits": 2}))
@@ -131,8 +131,8 @@ def test_the_pass_takes_the_price_from_its_params(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("price", [0.0, -1.0, float("inf")])
 def test_a_price_that_is_none_is_refused(price: float, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="error_per_bit"):
-        apply(Gptq(), graphs.residual(), tmp_path, GptqParams(bits=8, bits_by_node={}, error_per_bit=price).as_json())
+    with pytest.raises(InputError, match="bit_price"):
+        apply(Gptq(), graphs.residual(), tmp_path, GptqParams(bits=8, bits_by_node={}, bit_price=price).as_json())
 
 
 def test_the_error_at_the_outputs_is_relative_to_their_spread() -> None:

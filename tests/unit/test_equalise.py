@@ -13,9 +13,9 @@ from onnx import helper, numpy_helper
 
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import relative_error
 from edgepack.passes.contract import Feed, PassContext, PassDefect
 from edgepack.passes.equalise import Equalise, equalise, pairs_of
+from edgepack.passes.same_function import relative_error
 from tests.support import graphs
 from tests.support.graphs import normal, value
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 from edgepack.graph.load import serialise
-from edgepack.passes.canonicalise import relative_error
 from edgepack.passes.contract import Pass, PassContext
 from edgepack.passes.equalise import Equalise
+from edgepack.passes.same_function import relative_error
 from edgepack.passes.smooth import Smooth
 from edgepack.spec.project import Project
 from edgepack.spec.target import load_target

@@ -73,9 +73,11 @@ def test_builds_at_once_lose_no_entry(tmp_path: Path) -> None:
     assert len(read_lock(path)) == 45
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[]", '{"schema": 2, "builds": {"rpi4": {"search": "s"}}}', '{"schema": 9}']
-)
+DAMAGE = ["", "{", "[]", '{"schema": 2, "builds": {"rpi4": {"search": "s"}}}', '{"schema": 9}', "[" * 100_000]
+DAMAGE += ['{"schema": true, "builds": {}}', '{"schema": 2.0, "builds": {}}', '{"schema": [1], "builds": {}}']
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
 def test_damage_is_named_with_the_cure(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "edgepack.lock"
     path.write_text(damage, encoding="utf-8")

@@ -118,6 +118,72 @@ def test_every_key_is_checked_with_its_place(manifest: Manifest) -> None:
         assert message in str(caught.value)
 
 
+VERDICT = {
+    "metric": "top1",
+    "baseline": 0.9,
+    "value": 0.9,
+    "drop": 0.0,
+    "interval": [-0.01, 0.01],
+    "samples": 9,
+    "answer": "passed",
+    "is_agreement": False,
+    "is_share": True,
+    "accepted_unresolved": False,
+    "extra": {"more": 1},
+}
+
+
+def with_evidence(table: dict[str, Any], **changes: object) -> None:
+    verdict = VERDICT | {key: value for key, value in changes.items() if key != "note"}
+    accuracy = {"verdict": verdict, "evaluation_sha256": "0" * 64, "judged_in": "x", "note": changes.get("note")}
+    table["accuracy"] = accuracy
+
+
+FORGED: list[tuple[str, Callable[[Any], object]]] = [
+    ("name", lambda t: t.update(name="../../etc")),
+    ("name", lambda t: t.update(name="a\x1b[2Jb")),
+    ("edgepack", lambda t: t.update(edgepack="0\n1")),
+    ("target.title", lambda t: t["target"].update(title="\x1b]0;owned\x07")),
+    ("target.cpu_flags", lambda t: t["target"].update(cpu_flags=["f"] * 257)),
+    ("target.memory_mib", lambda t: t["target"].update(memory_mib=-1)),
+    ("requires.python", lambda t: t["requires"].update(python="3")),
+    ("requires.os_ids.0.id", lambda t: t["requires"].update(os_ids=[{"id": "a\rb", "version_id": "1"}])),
+    ("model.inputs.0.name", lambda t: t["model"]["inputs"][0].update(name="x" * 501)),
+    ("model.inputs.0.shape", lambda t: t["model"]["inputs"][0].update(shape=[1] * 65)),
+    ("runtime.name", lambda t: t["runtime"].update(name="import os")),
+    ("sizes.model", lambda t: t["sizes"].update(model=0)),
+    ("sizes.baseline_model", lambda t: t["sizes"].update(baseline_model=10**30)),
+    ("sizes.wheels", lambda t: t["sizes"].update(wheels=-5)),
+    ("golden.samples", lambda t: t["golden"].update(samples=0)),
+    ("golden.min_sqnr_db", lambda t: t["golden"].update(min_sqnr_db=-1e9)),
+    ("bench.warmup", lambda t: t["bench"].update(warmup=10**9)),
+    ("bench.runs", lambda t: t["bench"].update(runs=0)),
+    ("bench.seconds", lambda t: t["bench"].update(seconds=1e300)),
+    ("bench.seconds", lambda t: t["bench"].update(seconds=-1.0)),
+    ("bench.threads", lambda t: t["bench"].update(threads=100_000)),
+    ("budget.latency_ms", lambda t: t["budget"].update(latency_ms=0.0)),
+    ("budget.memory_mib", lambda t: t["budget"].update(memory_mib=1e30)),
+    ("accuracy.verdict", lambda t: with_evidence(t, answer="perhaps")),
+    ("accuracy.verdict", lambda t: with_evidence(t, metric="\x1b[31mtop1")),
+    ("accuracy.verdict", lambda t: with_evidence(t, interval=[0.1])),
+    ("accuracy.verdict", lambda t: with_evidence(t, interval=None)),
+    ("accuracy.note", lambda t: with_evidence(t, note="fine\nreally")),
+]
+
+
+@pytest.mark.parametrize(("key", "change"), FORGED, ids=range(len(FORGED)))
+def test_a_forged_manifest_says_nothing_that_is_out_of_bounds_or_cannot_be_printed(
+    manifest: Manifest, key: str, change: Callable[[Any], object]
+) -> None:
+    table = json.loads(dump_manifest(manifest))
+    with_evidence(table)
+    parse_manifest(summed(table), "x")
+    change(table)
+    with pytest.raises(VerificationError, match="x: manifest: ") as caught:
+        parse_manifest(summed(table), "x")
+    assert f"'{key}" in str(caught.value) and str(caught.value).isprintable()
+
+
 @given(st.text(st.characters(codec="utf-8"), max_size=12))
 def test_a_path_that_is_taken_stays_below_the_folder(path: str) -> None:
     try:

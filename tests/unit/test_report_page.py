@@ -6,47 +6,13 @@ import itertools
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 from edgepack.errors import InputError, UnsupportedError
-from edgepack.report.page import build_page
-from tests.support.evidence import candidate, evidence, gate, robustness
-
-HOSTILE = "<script>alert('1')</script>\"&$x_y$\x00\u65e5\U0001f600"
-VOID = {"meta", "br", "link", "img", "use"}
-
-
-class Tags(HTMLParser):
-    """Start tags with their attributes, text, and whether every element is closed in order."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def named(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.found if name == tag]
+from tests.support.evidence import candidate, evidence, gate, page_of_builds, robustness
+from tests.support.html import HOSTILE, Tags
 
 
 def hostile(value: Any) -> Any:
@@ -71,12 +37,14 @@ def small(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return build_page([evidence("rpi4"), evidence("x86-avx512-vnni", candidates=[candidate("int8", outcome="failed")])])
+    return page_of_builds(
+        [evidence("rpi4"), evidence("x86-avx512-vnni", candidates=[candidate("int8", outcome="failed")])]
+    )
 
 
 def test_the_same_evidence_gives_the_same_bytes(page: str) -> None:
     again = [evidence("rpi4"), evidence("x86-avx512-vnni", candidates=[candidate("int8", outcome="failed")])]
-    assert build_page(again) == page
+    assert page_of_builds(again) == page
 
 
 def test_nothing_is_fetched_and_nothing_runs(page: str) -> None:
@@ -102,7 +70,7 @@ def test_ids_are_unique_and_all_that_refer_to_one_find_it(page: str) -> None:
 
 
 def test_every_text_of_the_evidence_is_escaped_in_html_and_in_figures() -> None:
-    made = build_page([hostile(evidence())])
+    made = page_of_builds([hostile(evidence())])
     tags = Tags(made)
     assert not tags.named("script")
     assert "\x00" not in made
@@ -163,7 +131,7 @@ def test_the_chosen_one_is_marked_in_figures_by_shape_and_a_ruined_one_does_not_
 
 def test_what_was_not_measured_is_said_and_not_drawn() -> None:
     bare = evidence(candidates=[candidate("int8", size=None, drop=None, outcome="not tried", reason="no time left")])
-    page = build_page([bare | {"sensitivity": [], "gate": None, "robustness": None}])
+    page = page_of_builds([bare | {"sensitivity": [], "gate": None, "robustness": None}])
     tags = Tags(page)
     assert not tags.named("svg")
     for text in ("No candidate was measured", "Nothing reached the gate", "Layers were not probed", "no time left"):
@@ -175,7 +143,7 @@ def test_a_metric_that_is_no_share_is_not_shown_in_points() -> None:
     selection = candidate("int8")["selection"] | {"metric": "mae", "is_share": False, "baseline": 2.5, "value": 2.75}
     one = candidate("int8", selection=selection | {"drop": 0.25, "interval": [0.125, 0.375]}, outcome="chosen")
     judged = gate(metric="mae", is_share=False, baseline=2.5, value=2.75, drop=0.25, interval=[0.125, 0.375])
-    page = build_page([evidence(candidates=[one], gate=judged | {"max_drop": 0.5}, robustness=None)])
+    page = page_of_builds([evidence(candidates=[one], gate=judged | {"max_drop": 0.5}, robustness=None)])
     assert "+0.25 [+0.125, +0.375]" in page
     assert " points" not in Tags(page).text
     assert "%" not in re.findall(r"<svg.*?</svg>", page, re.DOTALL)[0].partition("</desc>")[2]
@@ -186,7 +154,7 @@ def test_a_metric_that_is_no_share_is_not_shown_in_points() -> None:
     [("passed", False, "passed"), ("missed", False, "missed"), ("unresolved", True, "unresolved, accepted")],
 )
 def test_the_gates_answer_is_said_in_words(answer: str, accepted: bool, text: str) -> None:
-    page = build_page([small(gate=gate(answer, accepted_unresolved=accepted, more_samples=700))])
+    page = page_of_builds([small(gate=gate(answer, accepted_unresolved=accepted, more_samples=700))])
     assert f">{text}</span>" in page
     assert ("about 700 more would" in page) == (answer == "unresolved")
 
@@ -195,7 +163,7 @@ def test_outputs_without_a_finite_value_are_shown_as_such() -> None:
     broken = gate("missed", value=None, drop=None, interval=None, reason="NaN in output 'y'")
     nan = candidate("int8")["selection"] | {"value": None, "drop": None, "interval": None}
     report = robustness() | {"mean_drop": None, "interval": None, "answer": "missed", "reason": "NaN under noise"}
-    page = build_page(
+    page = page_of_builds(
         [small(candidates=[candidate("int8", selection=nan, outcome="failed")], gate=broken, robustness=report)]
     )
     assert "NaN in output &#39;y&#39;" in page
@@ -203,29 +171,29 @@ def test_outputs_without_a_finite_value_are_shown_as_such() -> None:
 
 
 def test_a_page_of_no_build_says_so() -> None:
-    assert "There is no evidence to show" in build_page([])
+    assert "There is no evidence to show" in page_of_builds([])
 
 
 def test_evidence_of_another_schema_is_refused() -> None:
     with pytest.raises(InputError, match="evidence 2: schema is 2; this version draws evidence of schema 1"):
-        build_page([small(), small() | {"schema": 2}])
+        page_of_builds([small(), small() | {"schema": 2}])
 
 
 def test_evidence_that_is_wrong_is_refused_with_the_field_that_is() -> None:
     wrong = evidence()
     wrong["candidates"][0]["outcome"] = "maybe"
     with pytest.raises(InputError, match=r"evidence 1: candidates\.0\.outcome.*found 'maybe'"):
-        build_page([wrong])
+        page_of_builds([wrong])
 
 
 def test_fields_of_a_later_version_are_let_through() -> None:
-    assert build_page([small(new={"thing": 1})]) == build_page([small()])
+    assert page_of_builds([small(new={"thing": 1})]) == page_of_builds([small()])
 
 
 def test_the_plotting_library_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnsupportedError, match=r"needs matplotlib, .*pip install 'edgepack\[report\]'"):
-        build_page([evidence()])
+        page_of_builds([evidence()])
 
 
 def test_the_plotting_library_is_not_loaded_before_a_page_is_asked_for() -> None:

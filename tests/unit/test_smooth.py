@@ -13,8 +13,8 @@ from onnx import helper, numpy_helper
 from edgepack.errors import InputError
 from edgepack.graph.load import serialise
 from edgepack.passes.affine import activation_scale, quantise_weight, weight_scales
-from edgepack.passes.canonicalise import relative_error
 from edgepack.passes.contract import Activations, PassContext
+from edgepack.passes.same_function import relative_error
 from edgepack.passes.smooth import Smooth, channel_peaks, smooth, tail_of
 from edgepack.passes.smooth_sites import sites_of
 from tests.support import graphs

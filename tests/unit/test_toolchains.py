@@ -63,7 +63,7 @@ def tiny(tmp_path: Path, text: str = HEAD) -> Path:
 
 def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise() -> None:
     found = toolchains()
-    assert [each.name for each in found] == ["nncf", "onnxruntime", "openvino-npu", "openvino"]
+    assert [each.name for each in found] == ["nncf", "onnxruntime", "openvino-npu", "openvino", "tensorflow"]
     for toolchain in found:
         promised = {
             (release.version, machine, python)
@@ -74,11 +74,15 @@ def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise()
         assert {(pin.release, pin.machine, pin.python) for pin in toolchain.pin} == promised
 
 
+NAMED_OTHERWISE = {"openvino-npu": "openvino", "tensorflow": "tensorflow-cpu"}
+"""Packages whose versions are the releases of a toolchain of another name."""
+
+
 def test_every_pin_of_a_runtime_holds_that_release_and_one_numpy_and_no_more() -> None:
     for toolchain in toolchains():
         for pin in toolchain.pin:
             names = {wheel.name: wheel.version for wheel in pin.wheels}
-            assert names[{"openvino-npu": "openvino"}.get(toolchain.name, toolchain.name)] == pin.release
+            assert names[NAMED_OTHERWISE.get(toolchain.name, toolchain.name)] == pin.release
             if toolchain.role == "runtime":
                 assert set(names) == {toolchain.name, "numpy"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 
 import numpy as np
@@ -9,19 +10,25 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from edgepack.coding.model import pack_model, unpack_model
-from edgepack.coding.payloads import Payload, cut, find_payloads, join
-from edgepack.coding.tensors import WIDTHS, code_order, from_code_order, from_planes, is_coded, to_planes
+from edgepack.coding.decoder import BYTE, FLOAT, HALF, WIDTHS, WORD, DamagedError, from_planes
+from edgepack.coding.files import DECODER_PATH, code_file, expand_file
+from edgepack.coding.onnx_pieces import onnx_pieces
+from edgepack.coding.openvino_pieces import openvino_pieces
+from edgepack.coding.pieces import Piece, code_order, in_order, to_planes
 from edgepack.errors import VerificationError
 from edgepack.graph.load import serialise
 from tests.support import graphs
 
 
+def coded_onnx(model: bytes) -> bytes:
+    return code_file(model, onnx_pieces(model))
+
+
 def assert_round_trip(model: bytes) -> bytes:
-    packed = pack_model(model)
-    assert unpack_model(packed, max_bytes=len(model)) == model
+    packed = coded_onnx(model)
+    assert expand_file(packed, "m", max_bytes=len(model)) == model
     return packed
 
 
@@ -108,44 +115,69 @@ def test_weights_of_low_entropy_make_a_small_file() -> None:
     assert len(packed) < entropy + others + 420  # graph, digest, tables
 
 
-@pytest.mark.parametrize("data_type", sorted(WIDTHS))
-def test_planes_of_every_type_come_back(data_type: int) -> None:
-    content = np.random.default_rng(data_type).bytes(24 * WIDTHS[data_type])
-    assert from_planes(to_planes(content, data_type), data_type) == content
+def test_values_of_any_bits_come_back() -> None:
+    for kind, width in enumerate(WIDTHS):
+        content = np.random.default_rng(kind).bytes(600 * width)
+        assert from_planes([(len(content), kind)], to_planes(content, kind)) == [content]
 
 
 def test_signs_and_exponents_go_where_they_repeat() -> None:
     small = np.array([-3, -2, -1, 0, 1, 2, 3], np.int32).tobytes()
-    assert not np.any(to_planes(small, TensorProto.INT32)[1:])
+    assert not np.any(to_planes(small, WORD)[1:])
     floats = np.array([-1.0, 1.5, -1.25, 1.75], np.float32).tobytes()
-    assert len(set(to_planes(floats, TensorProto.FLOAT)[3].tolist())) == 1
+    assert len(set(to_planes(floats, FLOAT)[3].tolist())) == 1
 
 
-def test_small_tensors_of_one_type_are_coded_as_one() -> None:
-    payloads = [
-        Payload(start=0, length=4, data_type=TensorProto.FLOAT),
-        Payload(start=0, length=2000, data_type=TensorProto.INT8),
-        Payload(start=0, length=8, data_type=TensorProto.FLOAT),
-        Payload(start=0, length=1, data_type=TensorProto.INT8),
-    ]
-    contents = [bytes(each.length) for each in payloads]
-    planes = code_order(payloads, contents)
-    assert [len(plane) for plane in planes] == [2000, 3, 3, 3, 3, 1]
-    assert from_code_order(payloads, planes) == contents
-    with pytest.raises(ValueError, match="too many"):
-        from_code_order(payloads, [*planes, planes[0]])
-    with pytest.raises(ValueError, match="missing"):
-        from_code_order(payloads, planes[:-1])
+def test_short_pieces_of_one_kind_are_coded_as_one() -> None:
+    pieces = [Piece(0, 4, FLOAT), Piece(0, 2000, BYTE), Piece(0, 8, FLOAT), Piece(0, 1, BYTE)]
+    contents = [bytes(each.length) for each in pieces]
+    planes = code_order(pieces, contents)
+    assert [len(plane) for plane in planes] == [2000, 1, 3, 3, 3, 3]
+    read = [(each.length, each.kind) for each in pieces]
+    assert from_planes(read, planes) == contents
+    with pytest.raises(DamagedError, match="too many"):
+        from_planes(read, [*planes, planes[0]])
+    with pytest.raises(DamagedError, match="missing"):
+        from_planes(read, planes[:-1])
 
 
-def test_a_skeleton_says_where_its_tensors_belong() -> None:
-    model = serialise(graphs.residual())
-    payloads = find_payloads(model, is_coded, missing=False)
-    skeleton = cut(model, payloads)
-    again = find_payloads(skeleton, is_coded, missing=True)
-    assert [each.length for each in again] == [each.length for each in payloads]
-    assert sum(each.length for each in payloads) > 0.5 * len(model)
-    assert join(skeleton, again, [model[each.start :][: each.length] for each in payloads]) == model
+def test_pieces_that_overlap_or_end_beyond_the_file_stay_in_the_frame() -> None:
+    whole = [Piece(4, 8, FLOAT), Piece(12, 3, BYTE)]
+    other = [Piece(8, 8, FLOAT), Piece(40, 90, BYTE), Piece(20, 3, HALF), Piece(30, 0, BYTE)]
+    assert in_order([*other, *reversed(whole), whole[0]], 100) == whole
+
+
+def test_the_pieces_of_an_onnx_file_are_its_tensors() -> None:
+    model = quantised()
+    data = serialise(model)
+    found = {data[each.start :][: each.length]: each.kind for each in onnx_pieces(data)}
+    kinds = {"w": BYTE, "scale": FLOAT, "bias": WORD, "half": HALF}
+    tensors = {each.name: numpy_helper.to_array(each).tobytes() for each in model.graph.initializer}
+    assert found == {tensors[name]: kind for name, kind in kinds.items()}
+
+
+def test_the_pieces_of_an_openvino_ir_are_its_constants() -> None:
+    graph = b"""<net><layer id="0" type="Const"><data element_type="i8" shape="64, 8" offset="0" size="512" /></layer>
+    <layer type="Const"><data size="64" offset="512" element_type="f32" shape="16"/></layer>
+    <layer type="Const"><data element_type="i64" shape="2" offset="576" size="16"/></layer>
+    <layer type="Const"><data element_type="f16" shape="2" offset="9999" size="4"/></layer>
+    <layer type="Convert"><data destination_type="f32"/></layer></net>"""
+    assert openvino_pieces(graph, 600) == [Piece(0, 512, BYTE), Piece(512, 64, FLOAT)]
+    weights = np.random.default_rng(0).normal(scale=3, size=512).astype(np.int8).tobytes() + bytes(88)
+    coded = code_file(weights, openvino_pieces(graph, len(weights)))
+    assert expand_file(coded, "m", max_bytes=600) == weights
+    assert len(coded) < 400
+
+
+def test_the_decoder_runs_alone_on_an_old_python() -> None:
+    """What travels to a device is that one file: no edgepack there, Python 3.9."""
+    tree = ast.parse(DECODER_PATH.read_text(encoding="utf-8"), feature_version=(3, 9))
+    imported = {
+        alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    } | {str(node.module).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"__future__", "hashlib", "lzma", "numpy", "typing", "zlib"}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if any(keyword.arg == "strict" for keyword in call.keywords)]  # of zip: 3.10
 
 
 def test_a_weight_with_repeated_rows_is_left_to_lzma() -> None:
@@ -160,12 +192,12 @@ def test_a_weight_with_repeated_rows_is_left_to_lzma() -> None:
 
 
 def test_two_runs_give_the_same_bytes() -> None:
-    assert pack_model(serialise(graphs.residual())) == pack_model(serialise(graphs.residual()))
+    assert coded_onnx(serialise(graphs.residual())) == coded_onnx(serialise(graphs.residual()))
 
 
 def test_mutations_are_refused() -> None:
     model = serialise(graphs.pooled())
-    packed = pack_model(model)
+    packed = coded_onnx(model)
     random = np.random.default_rng(1)
     refused = 0
     for _ in range(250):
@@ -173,7 +205,7 @@ def test_mutations_are_refused() -> None:
         for _ in range(int(random.integers(1, 3))):
             damaged[int(random.integers(len(damaged)))] = int(random.integers(256))
         try:
-            found = unpack_model(bytes(damaged), max_bytes=10_000)
+            found = expand_file(bytes(damaged), "m", max_bytes=10_000)
         except VerificationError:
             refused += 1
         else:
@@ -182,26 +214,26 @@ def test_mutations_are_refused() -> None:
 
 
 def test_a_file_that_is_cut_is_refused() -> None:
-    packed = pack_model(serialise(graphs.pooled()))
+    packed = coded_onnx(serialise(graphs.pooled()))
     for length in range(len(packed)):
         with pytest.raises(VerificationError):
-            unpack_model(packed[:length], max_bytes=10_000)
+            expand_file(packed[:length], "m", max_bytes=10_000)
     with pytest.raises(VerificationError):
-        unpack_model(packed + b"\x00", max_bytes=10_000)
+        expand_file(packed + b"\x00", "m", max_bytes=10_000)
 
 
 def test_a_model_larger_than_is_expected_is_refused() -> None:
-    packed = pack_model(bytes(1 << 20))
+    packed = code_file(bytes(1 << 20), [])
     assert len(packed) < 1000
     with pytest.raises(VerificationError, match="at most 1000 are expected"):
-        unpack_model(packed, max_bytes=1000)
+        expand_file(packed, "m", max_bytes=1000)
 
 
-def test_a_graph_that_unpacks_to_more_than_it_says_is_refused() -> None:
-    packed = bytearray(pack_model(bytes(300)))
-    place = 4 + 1 + 16 + 1  # magic, flag, digest, no tensor that stays
-    assert packed[place : place + 4] == b"\xac\x02\xac\x02"  # 300, 300
-    packed[place : place + 4] = b"\xab\x02\xab\x02"
-    packed[5:21] = hashlib.sha256(bytes(299)).digest()[:16]
+def test_a_frame_that_unpacks_to_more_than_it_says_is_refused() -> None:
+    packed = bytearray(code_file(bytes(300), []))
+    place = 4 + 16  # magic, digest
+    assert packed[place : place + 4] == b"\xac\x02\xad\x02"  # 300, 301: no piece, then the file
+    packed[place : place + 4] = b"\xab\x02\xac\x02"
+    packed[4:20] = hashlib.sha256(bytes(299)).digest()[:16]
     with pytest.raises(VerificationError, match="not as long"):
-        unpack_model(bytes(packed), max_bytes=1000)
+        expand_file(bytes(packed), "m", max_bytes=1000)

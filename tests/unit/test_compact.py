@@ -1,4 +1,4 @@
-"""Packed weights and compacted graphs: the same integers in the runtime, fewer bytes on disk."""
+"""Compacted graphs, and the digits that int4 weights are stored as: the same function, fewer bytes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from onnx import helper, numpy_helper
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import serialise
 from edgepack.passes.affine import activation_scale
-from edgepack.passes.compact import compact
+from edgepack.passes.compact import Compact, compact, sqnr_db
 from edgepack.passes.contract import PassDefect
-from edgepack.passes.narrow import StoreNarrow, sqnr_db, store_narrow
 from edgepack.passes.qdq_plan import plan_qdq
 from edgepack.passes.qdq_rewrite import rewrite
 from edgepack.passes.radix import code_for, insert, pack, span, unpacking
@@ -79,7 +78,7 @@ def test_every_code_fills_its_container_and_never_more() -> None:
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_what_is_packed_comes_back(data: st.DataObject) -> None:
+def test_what_is_compacted_comes_back(data: st.DataObject) -> None:
     lowest = data.draw(st.integers(-128, 100))
     levels = data.draw(st.integers(1, min(73, 127 - lowest)))
     count = data.draw(st.integers(1, 200))
@@ -111,12 +110,12 @@ def test_a_constant_weight_has_one_level() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 4])
 def test_the_runtime_has_the_same_integer_kernels_and_gives_the_same_bits(
     bits: int, version: str | None, tmp_path: Path
 ) -> None:
     before = quantised(wide(), bits)
-    after = store_narrow(before)
+    after = compact(before)
     onnx.checker.check_model(after)
     feed = graphs.samples(wide(), 1, seed=5)[0]
     expected, plain = in_onnxruntime(before, feed, tmp_path, version)
@@ -126,11 +125,6 @@ def test_the_runtime_has_the_same_integer_kernels_and_gives_the_same_bits(
     assert np.array_equal(expected["y"], found["y"])
 
 
-@pytest.mark.parametrize(("bits", "share"), [(8, 0.97), (4, 0.55), (3, 0.42), (2, 0.26)])
-def test_bytes_follow_the_bits(bits: int, share: float) -> None:
-    assert len(serialise(store_narrow(quantised(wide(), bits)))) < share * len(serialise(quantised(wide(), 8)))
-
-
 @pytest.mark.parametrize("build", GRAPHS)
 def test_small_and_nested_graphs_keep_their_function_and_interface(
     build: Callable[[], onnx.ModelProto], tmp_path: Path
@@ -138,7 +132,7 @@ def test_small_and_nested_graphs_keep_their_function_and_interface(
     graph = build()
     for model in (graph, quantised(graph, 4)):
         runs = runtime_activations(graphs.samples(graph, 2), tmp_path)
-        after = apply(StoreNarrow(), model, tmp_path, {}, runs)
+        after = apply(Compact(), model, tmp_path, {}, runs)
         onnx.checker.check_model(after)
         feed = graphs.samples(graph, 1, seed=9)[0]
         expected, found = (in_onnxruntime(each, feed, tmp_path)[0] for each in (model, after))
@@ -152,31 +146,25 @@ def test_small_and_nested_graphs_keep_their_function_and_interface(
 def test_twice_is_once_and_the_input_is_left_alone(build: Callable[[], onnx.ModelProto], bits: int) -> None:
     before = quantised(build(), bits)
     kept = serialise(before)
-    once = store_narrow(before)
+    once = compact(before)
     assert serialise(before) == kept
-    assert serialise(store_narrow(before)) == serialise(once)
-    assert serialise(store_narrow(once)) == serialise(once)
+    assert serialise(compact(before)) == serialise(once)
+    assert serialise(compact(once)) == serialise(once)
     assert len(serialise(once)) < len(kept)
 
 
-def test_a_weight_that_needs_its_8_bits_stays_int8() -> None:
-    after = store_narrow(quantised(wide(), 8))
-    weights = [t for t in after.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
-    assert len(weights) == 2
-
-
-def test_an_old_opset_is_refused() -> None:
+def test_an_old_opset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="needs opset 13 or newer, the model has 12"):
-        store_narrow(graphs.residual(opset=12))
+        apply(Compact(), graphs.residual(opset=12), tmp_path, {})
 
 
-def test_a_packed_model_that_computes_something_else_is_caught(tmp_path: Path) -> None:
+def test_a_compacted_model_that_computes_something_else_is_caught(tmp_path: Path) -> None:
     def drifting(model: onnx.ModelProto, names: Sequence[str], count: int | None) -> Iterator[dict[str, graphs.Array]]:
-        is_packed = not model.graph.value_info
-        yield {name: np.full(3, 1.0 + is_packed, np.float32) for name in names}
+        is_compacted = not model.graph.value_info
+        yield {name: np.full(3, 1.0 + is_compacted, np.float32) for name in names}
 
     with pytest.raises(PassDefect, match=r"output 'y' is at 0\.0 dB"):
-        apply(StoreNarrow(), graphs.residual(), tmp_path, {}, drifting)
+        apply(Compact(), graphs.residual(), tmp_path, {}, drifting)
 
 
 # --- the compacted graph ---

@@ -1,0 +1,142 @@
+"""Models that travel coded: the pass that codes them, the runner that expands them, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto
+
+from edgepack.coding.files import DECODER_PATH, code_file, expand_file
+from edgepack.coding.onnx_pieces import onnx_pieces
+from edgepack.coding.openvino_pieces import openvino_pieces
+from edgepack.errors import UnsupportedError
+from edgepack.graph.npz import npz_bytes
+from edgepack.passes.code import Code
+from edgepack.passes.contract import PassContext
+from edgepack.protocol import Coded, CodedFile, ModelRef, RunnerClient, RunnerError
+from edgepack.store import digest_bytes
+from tests.support import graphs
+from tests.support.runtime import expected, feeds, model_ref, save_ir, save_model, start_runner
+
+
+def coded_ref(model: ModelRef, roles: tuple[str, ...], folder: Path) -> ModelRef:
+    """The same model, with the files of these roles coded and the plain ones gone."""
+    contents = {role: Path(path).read_bytes() for role, path in model.files.items()}
+    files, entries = dict(model.files), {}
+    for role in roles:
+        content = contents[role]
+        pieces = openvino_pieces(contents["model"], len(content)) if role == "weights" else onnx_pieces(content)
+        path = folder / f"{role}.epf"
+        path.write_bytes(code_file(content, pieces))
+        Path(model.files[role]).unlink()
+        files[role] = str(path)
+        entries[role] = CodedFile(sha256=digest_bytes(content), bytes=len(content))
+    return replace(model, files=files, coded=Coded(decoder=str(DECODER_PATH), files=entries))
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[RunnerClient]:
+    with start_runner(tmp_path) as client:
+        yield client
+
+
+def sqnr_db(runner: RunnerClient, model: ModelRef, folder: Path) -> float:
+    stacked = feeds(3)
+    inputs, outputs = folder / "inputs.npz", folder / "outputs.npz"
+    inputs.write_bytes(npz_bytes(stacked))
+    outputs.write_bytes(npz_bytes(expected(stacked)))
+    return runner.health(model, str(inputs), str(outputs), 50.0).outputs["file"].sqnr_db
+
+
+def open_files(pid: int) -> set[str]:
+    return {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+
+
+def test_onnxruntime_loads_a_coded_model_and_lets_go_of_what_was_expanded(runner: RunnerClient, tmp_path: Path) -> None:
+    model = coded_ref(model_ref(save_model(tmp_path / "model.onnx")), ("model",), tmp_path)
+    assert sqnr_db(runner, model, tmp_path) > 100
+    assert not [path for path in open_files(runner.probe().pid) if "memfd" in path]
+
+
+def test_openvino_loads_coded_weights_and_a_coded_graph(runner: RunnerClient, tmp_path: Path) -> None:
+    model = coded_ref(model_ref(save_ir(tmp_path / "model.xml"), "openvino"), ("model", "weights"), tmp_path)
+    assert sqnr_db(runner, model, tmp_path) > 100
+    assert runner.kernels(model).nodes
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "model.epf"),
+        (lambda data: data[:-40], "cut"),
+        (lambda data: b"", "cut"),
+        (lambda data: data + b"\x00", "model.epf"),
+    ],
+)
+def test_a_coded_model_that_is_damaged_or_cut_is_refused(
+    damage: object, message: str, runner: RunnerClient, tmp_path: Path
+) -> None:
+    model = coded_ref(model_ref(save_model(tmp_path / "model.onnx")), ("model",), tmp_path)
+    path = Path(model.files["model"])
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(RunnerError, match=message) as caught:
+        sqnr_db(runner, model, tmp_path)
+    assert caught.value.failure == "corrupt"
+
+
+def test_a_whole_coded_model_that_is_another_one_is_refused(runner: RunnerClient, tmp_path: Path) -> None:
+    model = coded_ref(model_ref(save_model(tmp_path / "model.onnx")), ("model",), tmp_path)
+    assert model.coded is not None
+    entry = model.coded.files["model"]
+    for wrong in (replace(entry, sha256="0" * 64), replace(entry, bytes=entry.bytes + 1)):
+        other = replace(model, coded=replace(model.coded, files={"model": wrong}))
+        with pytest.raises(RunnerError, match="expands to something else") as caught:
+            sqnr_db(runner, other, tmp_path)
+        assert caught.value.failure == "corrupt"
+    small = replace(model, coded=replace(model.coded, files={"model": replace(entry, bytes=100)}))
+    with pytest.raises(RunnerError, match="at most 100 are expected here"):
+        sqnr_db(runner, small, tmp_path)
+
+
+def test_a_decoder_that_is_not_there_is_said_so(runner: RunnerClient, tmp_path: Path) -> None:
+    model = coded_ref(model_ref(save_model(tmp_path / "model.onnx")), ("model",), tmp_path)
+    assert model.coded is not None
+    with pytest.raises(RunnerError, match=r"gone\.py: not there") as caught:
+        sqnr_db(runner, replace(model, coded=replace(model.coded, decoder=str(tmp_path / "gone.py"))), tmp_path)
+    assert caught.value.failure == "missing"
+
+
+def code(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    def never(*_: object) -> object:
+        raise AssertionError("coding asks for nothing")
+
+    context = PassContext(activations=never, tool=never, feed_files=never, folder=folder)  # type: ignore[arg-type]
+    return Code().apply(files, {}, context)
+
+
+def test_the_pass_keeps_the_model_and_puts_its_code_beside_it(tmp_path: Path) -> None:
+    before = {"model": save_model(tmp_path / "model.onnx")}
+    (tmp_path / "out").mkdir()
+    after = code(before, tmp_path / "out")
+    assert sorted(after) == ["coded-model", "model"]
+    assert after["model"].read_bytes() == before["model"].read_bytes()
+    coded = after["coded-model"].read_bytes()
+    assert len(coded) < len(after["model"].read_bytes())
+    assert expand_file(coded, "m", max_bytes=10_000) == after["model"].read_bytes()
+
+
+def test_what_coding_does_not_make_smaller_is_left_alone(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(
+        graphs.model(
+            [node], [graphs.value("x", 1, dtype=TensorProto.FLOAT)], [graphs.value("y", 1)], {}
+        ).SerializeToString()
+    )
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedError, match="no file of the model gets smaller"):
+        code({"model": path}, tmp_path / "out")
