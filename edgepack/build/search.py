@@ -120,13 +120,13 @@ class _Search:
         for plan in setting.plans:
             self._add(plan, base=plan.recipe.name)
         proposed = list(self.candidates)
-        last_static = max((place for place, c in enumerate(proposed) if c.is_static), default=None)
+        last_static = max((place for place, c in enumerate(proposed) if is_static_onnx(c.plan.recipe)), default=None)
         for place, candidate in enumerate(proposed):
             self._try(candidate)
             if place == last_static:
+                self._refine()
+                self._narrow()
                 self._mix()
-        self._refine()
-        self._narrow()
         chosen = self._choose()
         return Found(
             chosen=chosen,
@@ -291,10 +291,10 @@ class _Search:
         """
         judge = self.setting.judge
         hopeless = not (self._accepts_unresolved or self._can_resolve())
-        if any(c.is_static for c in self._holding()) or hopeless or self._spent():
+        if any(is_static_onnx(c.plan.recipe) for c in self._holding()) or hopeless or self._spent():
             return
-        # saturation is the target's, and probes run here
-        tried = [c for c in self.candidates if c.is_static and c.selection and not c.plan.recipe.emulate_saturation]
+        tried = [c for c in self.candidates if c.selection is not None and is_static_onnx(c.plan.recipe)]
+        tried = [c for c in tried if not c.plan.recipe.emulate_saturation]  # probes run here, where nothing saturates
         base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst), default=None)
         if base is None or self._beaten_by(base) is not None:
             return
@@ -364,9 +364,9 @@ class _Search:
             fit = self._time_some(holding)
             if fit:
                 return min(fit, key=self._rank)
-            timed = {(c.plan.recipe.runtime, c.plan.recipe.precision): c for c in self.candidates if c.speed}
+            timed = {c.arithmetic: c for c in self.candidates if c.speed is not None}
             for candidate in [c for c in self.candidates if c.outcome == "not tried"]:
-                alike = timed.get((candidate.plan.recipe.runtime, candidate.plan.recipe.precision))
+                alike = timed.get(candidate.arithmetic)
                 if alike is None:
                     self._try(candidate)
                 else:

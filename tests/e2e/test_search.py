@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.bench.versus import SpeedRatio, SpeedVerdict
 from edgepack.build import build as building
+from edgepack.build import reference
 from edgepack.build.arena import Here, Made
 from edgepack.build.build import BuildOptions, BuildReport, build, plan_for
 from edgepack.build.execute import Workbench, execute
 from edgepack.build.inputs import open_project
+from edgepack.build.judging import Judge
 from edgepack.build.sensitivity import measure_sensitivity
 from edgepack.bundle.bundle import open_bundle
 from edgepack.graph.npz import npz_bytes
+from edgepack.judge.data_set import Feed
+from edgepack.judge.gate import Verdict
+from edgepack.judge.session import RuntimeSession
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassContext, PassDefect
 from edgepack.runtimes.recipes import proposals
 from edgepack.spec.target import load_target
-from edgepack.store import Json, Store
+from edgepack.store import Json, Store, digest_file
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
@@ -442,6 +449,51 @@ def test_the_layer_that_int8_ruins_is_the_most_sensitive(tmp_path: Path) -> None
     assert (first.node, second.node) == ("second", "first")
     assert first.gain_db > 10 > second.gain_db
     assert measure_sensitivity(made, opened, bench, more_time=lambda: False) == ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counting(Workbench):
+    """Counts how many samples each model is run on, by the digest of its file."""
+
+    ran: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @contextlib.contextmanager
+    def session(self, *arguments: Any) -> Iterator[RuntimeSession]:
+        with super().session(*arguments) as session:
+            run = session.run
+
+            def counted(files: Any, feeds: Iterable[Feed], fetch: Any = None) -> Iterator[Feed]:
+                for outputs in run(files, feeds, fetch):
+                    self.ran[digest_file(files["model"])] += 1
+                    yield outputs
+
+            session.run = counted  # type: ignore[method-assign]
+            yield session
+
+
+def test_fp32_is_run_once_for_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its outputs that would take too much room are not kept, but run for each candidate."""
+    store = Store(clean_cache(tmp_path / "cache"))
+    opened = open_project(outlier_project(tmp_path / "project", samples=800) / "edgepack.toml", store)
+    target, bench = load_target("rpi4"), Counting(store=store, say=lambda _: None)
+    recipes = [each for each in proposals(target, "size") if each.name in ("weights-int8", "half")]
+    plans = [plan_for(opened, target, target.os_named(), recipe, bench) for recipe in recipes]
+    made = [Made(plan=plan, record=execute(plan, opened, bench)) for plan in plans]
+    canonical = store.recall(plans[0].steps[0].key)
+    assert canonical is not None and len(made) == 2
+    (fp32,) = canonical.files.values()
+    judge = Judge(opened=opened, bench=bench, arena=Here(bench, target))
+
+    def verdicts() -> list[Verdict]:
+        bench.ran.clear()
+        return [judge.select(each, opened.evaluation, gate_samples=800).verdict for each in made]
+
+    known = verdicts()
+    assert [each.answer for each in known] == ["passed", "passed"] and bench.ran[fp32] == 800
+    assert verdicts() == known and bench.ran[fp32] == 0
+    sample = 128 + 8 * 4  # .npy's head, 8 numbers
+    monkeypatch.setattr(reference, "KEPT_BYTES", 100 * sample)
+    assert verdicts() == known and bench.ran[fp32] == 101 + 2 * 700
 
 
 def test_every_technique_is_shown_alone_and_combined(tmp_path: Path) -> None:
