@@ -120,7 +120,7 @@ class _Search:
         for plan in setting.plans:
             self._add(plan, base=plan.recipe.name)
         proposed = list(self.candidates)
-        last_static = max((place for place, c in enumerate(proposed) if is_static_onnx(c.plan.recipe)), default=None)
+        last_static = max((place for place, c in enumerate(proposed) if c.is_static), default=None)
         for place, candidate in enumerate(proposed):
             self._try(candidate)
             if place == last_static:
@@ -291,10 +291,10 @@ class _Search:
         """
         judge = self.setting.judge
         hopeless = not (self._accepts_unresolved or self._can_resolve())
-        if any(is_static_onnx(c.plan.recipe) for c in self._holding()) or hopeless or self._spent():
+        if any(c.is_static for c in self._holding()) or hopeless or self._spent():
             return
-        tried = [c for c in self.candidates if c.selection is not None and is_static_onnx(c.plan.recipe)]
-        tried = [c for c in tried if not c.plan.recipe.emulate_saturation]  # probes run here, where nothing saturates
+        # saturation is the target's, and probes run here
+        tried = [c for c in self.candidates if c.is_static and c.selection and not c.plan.recipe.emulate_saturation]
         base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst), default=None)
         if base is None or self._beaten_by(base) is not None:
             return
