@@ -93,7 +93,7 @@ class Arena:
             compared = compare(
                 self.opened.evaluation,
                 self.opened.metric,
-                lambda feeds: reference.run(self.fp32.files, feeds),
+                reference.run(self.fp32.files, self.opened.evaluation.feeds()),
                 lambda feeds: candidate.run(made.files, feeds),
             )
         gate = self.opened.project.gate

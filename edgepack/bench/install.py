@@ -105,6 +105,7 @@ def model_of(bundle: Bundle, installed: Installed, threads: int) -> ModelRef:
         files={role: f"{installed.bundle}/{path}" for role, path in manifest.model.files.items()},
         options=dict(manifest.runtime.options),
         threads=threads,
+        system=tuple(package.name for package in manifest.requires.packages),
         coded=None
         if coded is None
         else Coded(

@@ -172,6 +172,7 @@ class OnDevice:
                 lib=model.lib,
                 options={**made.plan.recipe.device_options},
                 folder=here,
+                system=model.system,
                 remote=Remote(transport=self.transport, folder=folder, coded=model.coded),
             )
             yield session, model

@@ -46,6 +46,32 @@ class Candidate:
     def name(self) -> str:
         return self.plan.recipe.name
 
+    @property
+    def is_static(self) -> bool:
+        """Whether it computes in integers whose ranges were fixed beforehand, in onnxruntime."""
+        return any(use.name == "quantise-static" for use in self.plan.recipe.passes)
+
+    @property
+    def arithmetic(self) -> tuple[str, str, float]:
+        """Equal for candidates that differ in their numbers alone, and so take the same time."""
+        return self.plan.recipe.runtime, self.plan.recipe.precision, self.expected.time
+
+    @property
+    def slowness(self) -> str:
+        """What was measured, of one that is not proved to be as fast as fp32."""
+        speed = self.speed
+        assert speed is not None
+        interval = "no interval" if speed.interval is None else f"[{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]"
+        what = "slower than fp32" if speed.verdict == "slower" else "not proved to be as fast as fp32"
+        return f"{what}: {speed.ratio:.3f} of its time {interval}"
+
+    def is_same_as(self, other: Candidate) -> bool:
+        """Whether they are one model that runs in one way: of OpenVINO's, float32 and bf16 are one file."""
+        if self.record is None or other.record is None or self.record.files != other.record.files:
+            return False
+        first, second = self.plan.recipe, other.plan.recipe
+        return (first.runtime, first.device_options) == (second.runtime, second.device_options)
+
     def size(self, baseline_bytes: int) -> float:
         """Ratio to fp32: as made, else as estimated."""
         return self.bytes / baseline_bytes if self.bytes is not None else self.expected.size

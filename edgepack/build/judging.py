@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,19 +11,21 @@ import pydantic
 
 from edgepack.bench.versus import SpeedRatio
 from edgepack.build.arena import Arena, Here, Made
-from edgepack.build.execute import Workbench, model_files
+from edgepack.build.execute import Workbench
 from edgepack.build.inputs import OpenProject
 from edgepack.build.lock import exclusive, verdict_from
 from edgepack.build.planner import BuildPlan
+from edgepack.build.reference import fp32, fp32_outputs
 from edgepack.bundle.pack import golden_count, stack
-from edgepack.errors import InputError
 from edgepack.graph.npz import npz_bytes
-from edgepack.judge.compare import Compared, Run, Watcher, compare
+from edgepack.judge.compare import Compared, Watcher, compare
 from edgepack.judge.data_set import DataSet, Feed
+from edgepack.judge.drift import DriftMeter
+from edgepack.judge.drift_report import DriftReport
 from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop
 from edgepack.judge.kernels import evidence
+from edgepack.judge.metric import Label, Outputs
 from edgepack.judge.robustness import assess
-from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 from edgepack.store import Json, StepRecord, canonical_json, digest_json
 
 LOOKS = 4
@@ -44,6 +45,8 @@ class Selected:
     chance: float
     """That the gate passes it."""
     stopped_early: bool
+    drift: DriftReport | None
+    """None where shapes of outputs follow from data: those have no distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +65,10 @@ class Judge:
         how = "emulated saturation" if recipe.emulate_saturation else recipe.judged_on
         return f"{recipe.runtime} {plan.runtime_version} on {self.arena.where} ({how})"
 
-    def select(self, made: Made, data: DataSet, watcher: Watcher, *, gate_samples: int) -> Selected:
+    def select(self, made: Made, data: DataSet, *, gate_samples: int) -> Selected:
         """What the samples that choose say; ended early where the drop is certainly beyond the limit."""
         metric, gate = self.opened.metric, self.opened.project.gate
+        watcher = _Drift(meter=DriftMeter(metric=metric))
         compared = self._compare(made, data, watcher=watcher, enough=self._surely_missed(len(data)))
         both = {"baseline": compared.baseline, "candidate": compared.candidate}
         verdict = judge_drop(metric, gate=gate, **both)
@@ -74,6 +78,7 @@ class Judge:
             foreseen_worst=worst,
             chance=chance_to_pass(verdict, worst),
             stopped_early=len(compared.baseline) < len(data),
+            drift=watcher.report(),
         )
 
     def gate(self, made: Made, data: DataSet) -> dict[str, Json]:
@@ -105,7 +110,7 @@ class Judge:
 
         def measure() -> dict[str, Json]:
             self.bench.say(f"{made.plan.target.name}: robustness of {made.plan.recipe.name}")
-            with self._reference(made.plan) as reference, self.arena.run(made) as candidate:
+            with fp32(made.plan, self.bench) as reference, self.arena.run(made) as candidate:
                 report = assess(
                     data,
                     self.opened.metric,
@@ -187,23 +192,9 @@ class Judge:
         watcher: Watcher | None = None,
         enough: Callable[[Compared], bool] | None = None,
     ) -> Compared:
-        """Run fp32 (the canonical model in onnxruntime, here) and the candidate (in what ships) side by side."""
-        with self._reference(made.plan) as reference, self.arena.run(made) as candidate:
+        """Run the candidate, in what ships, over samples for which fp32's outputs are known."""
+        with fp32_outputs(made.plan, data, self.bench) as reference, self.arena.run(made) as candidate:
             return compare(data, self.opened.metric, reference, candidate, watcher=watcher, enough=enough)
-
-    @contextlib.contextmanager
-    def _reference(self, plan: BuildPlan) -> Iterator[Run]:
-        """The fp32 model as a function over feeds."""
-        canonical = self.bench.store.recall(plan.steps[0].key)
-        if canonical is None:
-            raise InputError(f"{plan.target.name}: the store lost the canonical model while it was built; run again")
-        version = plan.runtime_version if plan.recipe.runtime == "onnxruntime" else None
-        with (
-            self.bench.store.workspace() as folder,
-            self.bench.session("onnxruntime", version, ONNXRUNTIME_OPTIONS) as session,
-        ):
-            files = model_files(canonical, self.bench.store, folder)
-            yield lambda feeds: session.run(files, feeds)
 
     def _surely_missed(self, samples: int) -> Callable[[Compared], bool]:
         """Whether what was seen at one of LOOKS equal parts says that the drop is beyond the limit."""
@@ -218,6 +209,24 @@ class Judge:
             return verdict.interval is None or verdict.interval[0] > verdict.max_drop
 
         return enough
+
+
+@dataclass(slots=True, kw_only=True)
+class _Drift:
+    """Feeds a meter as long as shapes agree."""
+
+    meter: DriftMeter
+    samples: int = 0
+    comparable: bool = True
+
+    def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None:
+        self.comparable = self.comparable and all(found[name].shape == a.shape for name, a in reference.items())
+        if self.comparable:
+            self.meter.add(reference, found, label)
+            self.samples += 1
+
+    def report(self) -> DriftReport | None:
+        return self.meter.report() if self.comparable and self.samples else None
 
 
 def plain(verdict: Verdict) -> dict[str, Json]:

@@ -1,8 +1,9 @@
 """The search: which candidate is the best for a target that still holds, and why the others are not.
 
     proposals -> judged on the samples that choose, the most promising first
-              -> none would hold: sensitivity by layer, then the same with its worst layers in float
+              -> static int8 would not hold: sensitivity by layer, then the same with its worst layers in float
               -> those that would hold, by the objective; where the clock counts, timed against fp32
+              -> none is as fast as fp32: what was passed over for their sake is tried after all
               -> one, which the caller gates on the samples that were kept apart
 
 What cannot beat a candidate that would hold already is not tried. A candidate that is certainly beyond the gate is
@@ -27,12 +28,10 @@ from edgepack.build.sensitivity import Sensitivity, measure_sensitivity
 from edgepack.bundle.pack import MIB
 from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnresolvedError, UnsupportedError
 from edgepack.judge.data_set import DataSet
-from edgepack.judge.drift import DriftMeter
-from edgepack.judge.drift_report import DriftReport
 from edgepack.judge.gate import can_be_proved
-from edgepack.judge.metric import Label, Outputs
+from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe, is_static_onnx, narrowed, price_of, priced
+from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -120,12 +119,14 @@ class _Search:
         self.began = setting.clock()
         for plan in setting.plans:
             self._add(plan, base=plan.recipe.name)
-        for candidate in list(self.candidates):
+        proposed = list(self.candidates)
+        last_static = max((place for place, c in enumerate(proposed) if c.is_static), default=None)
+        for place, candidate in enumerate(proposed):
             self._try(candidate)
-        self._refine()
-        self._narrow()
-        if not self._holding() and self._can_resolve():
-            self._mix()
+            if place == last_static:
+                self._refine()
+                self._narrow()
+                self._mix()
         chosen = self._choose()
         return Found(
             chosen=chosen,
@@ -144,13 +145,19 @@ class _Search:
         budget = self.setting.search.time_budget_s
         return budget is None or self.setting.clock() - self.began < budget
 
+    def _spent(self) -> str:
+        """What ends the search; empty while it may go on."""
+        search = self.setting.search
+        if self.judged >= search.evaluations:
+            return f"the {search.evaluations} evaluations were spent"
+        if self.judged and not self._has_time():
+            return f"the time budget of {search.time_budget_s:g} s was spent"
+        return ""
+
     def _try(self, candidate: Candidate) -> None:
         """Make and judge a candidate, unless that cannot change the choice."""
-        if self.judged >= self.setting.search.evaluations:
-            candidate.reason = f"the {self.setting.search.evaluations} evaluations were spent"
-            return
-        if self.judged and not self._has_time():
-            candidate.reason = f"the time budget of {self.setting.search.time_budget_s:g} s was spent"
+        candidate.reason = self._spent()
+        if candidate.reason:
             return
         better = self._beaten_by(candidate)
         if better is not None:
@@ -158,7 +165,7 @@ class _Search:
             return
         if not self._make(candidate):
             return
-        twin = next((c for c in self.candidates if c is not candidate and c.record and _same(c, candidate)), None)
+        twin = next((c for c in self.candidates if c is not candidate and c.record and c.is_same_as(candidate)), None)
         if twin is not None:
             candidate.outcome, candidate.reason = "dropped", f"the same bytes as {twin.name}"
             return
@@ -175,6 +182,9 @@ class _Search:
             record = execute(candidate.plan, judge.opened, judge.bench)
         except UnsupportedError as error:
             candidate.outcome, candidate.reason = "dropped", str(error)
+            return False
+        except ModelDoesNotRunError as error:
+            self._refused(candidate, error)
             return False
         except PassDefect as error:
             candidate.outcome, candidate.reason = "failed", f"a defect of edgepack: {error}"
@@ -194,12 +204,14 @@ class _Search:
             return
         judge.bench.say(f"{candidate.plan.target.name}: trying {candidate.name} ({candidate.plan.recipe.why})")
         made = Made(plan=candidate.plan, record=candidate.record)
-        watcher = _Drift(meter=DriftMeter(metric=judge.opened.metric))
-        seen = judge.select(made, setting.selection, watcher, gate_samples=setting.gate_samples)
+        try:
+            seen = judge.select(made, setting.selection, gate_samples=setting.gate_samples)
+        except ModelDoesNotRunError as error:
+            self._refused(candidate, error)
+            return
         verdict = candidate.selection = seen.verdict
         candidate.stopped_early, candidate.foreseen_worst = seen.stopped_early, seen.foreseen_worst
-        candidate.chance = seen.chance
-        candidate.drift = watcher.report()
+        candidate.chance, candidate.drift = seen.chance, seen.drift
         candidate.outcome = "kept" if self._holds(candidate) else "dropped"
         if verdict.drop is None:
             candidate.reason = verdict.reason
@@ -209,18 +221,30 @@ class _Search:
                 f"the gate would pass it with a chance of {candidate.chance:.0%}"
             )
 
+    def _refused(self, candidate: Candidate, error: ModelDoesNotRunError) -> None:
+        """The runtime that ships does not take it: no loss but of this candidate, unlike the user's own model."""
+        candidate.outcome, candidate.reason = "dropped", str(error)
+        self.setting.judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} does not run: {error}")
+
     def _holds(self, candidate: Candidate) -> bool:
         """Whether the gate would pass it; where no candidate can be proved, whether it is not missed."""
         verdict = candidate.selection
         if verdict is None or verdict.drop is None or candidate.stopped_early:
             return False
-        accepted = self.setting.judge.opened.project.gate.accept_unresolved
-        if accepted or not self._can_resolve():
+        if self._accepts_unresolved or not self._can_resolve():
             return verdict.answer != "missed"
         return candidate.chance >= LEAST_CHANCE
 
     def _holding(self) -> list[Candidate]:
-        return [c for c in self.candidates if c.outcome == "kept"]
+        """The best by the objective first."""
+        return sorted((c for c in self.candidates if c.outcome == "kept"), key=self._rank)
+
+    def _rank(self, candidate: Candidate) -> tuple[int, float]:
+        return candidate.rank(self.setting.search.objective, self.setting.baseline_bytes)
+
+    @property
+    def _accepts_unresolved(self) -> bool:
+        return self.setting.judge.opened.project.gate.accept_unresolved
 
     def _can_resolve(self) -> bool:
         opened = self.setting.judge.opened
@@ -228,10 +252,8 @@ class _Search:
 
     def _beaten_by(self, candidate: Candidate) -> Candidate | None:
         """One that holds and costs no more than this one can at best."""
-        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
-        least = candidate.rank(objective, baseline)[0]
-        holding = [c for c in self._holding() if c.rank(objective, baseline)[0] <= least]
-        return min(holding, key=lambda c: c.rank(objective, baseline), default=None)
+        best = next(iter(self._holding()), None)
+        return best if best is not None and self._rank(best)[0] <= self._rank(candidate)[0] else None
 
     def _refine(self) -> None:
         """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio; twice
@@ -251,10 +273,8 @@ class _Search:
     def _narrow(self) -> None:
         """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
         bytes. At half its price of a bit: what is left has less to spare."""
-        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
-        static = [c for c in self._holding() if is_static_onnx(c.plan.recipe)]
-        best = min(static, key=lambda c: c.rank(objective, baseline), default=None)
-        if objective == "size" or best is None:
+        best = next((c for c in self._holding() if c.is_static), None)
+        if self.setting.search.objective == "size" or best is None:
             return
         price = price_of(best.plan.recipe)
         whole = best.plan.recipe if price is None else priced(price / 2, best.plan.target.numerics.weight_bits)
@@ -265,12 +285,19 @@ class _Search:
                 return
 
     def _mix(self) -> None:
-        """Leave the layers that cost most in float, ever more of them, until one such candidate holds."""
+        """Where static int8 does not hold: leave the layers that cost most in float, ever more, until it does.
+
+        A mixed candidate costs no less than the one that it comes from, so where that is beaten, all of them are.
+        """
         judge = self.setting.judge
-        tried = [c for c in self.candidates if c.selection is not None and is_static_onnx(c.plan.recipe)]
-        if not tried or self.judged >= self.setting.search.evaluations:
+        hopeless = not (self._accepts_unresolved or self._can_resolve())
+        if any(c.is_static for c in self._holding()) or hopeless or self._spent():
             return
-        base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst))
+        # saturation is the target's, and probes run here
+        tried = [c for c in self.candidates if c.is_static and c.selection and not c.plan.recipe.emulate_saturation]
+        base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst), default=None)
+        if base is None or self._beaten_by(base) is not None:
+            return
         assert base.record is not None
         made = Made(plan=base.plan, record=base.record)
         self.sensitivity = measure_sensitivity(made, judge.opened, judge.bench, more_time=self._has_time)
@@ -279,7 +306,7 @@ class _Search:
                 return
             candidate = self._add(self.setting.plan_of(self._mixed(base, count)), base=base.base)
             self._try(candidate)
-            if candidate.outcome == "kept":
+            if candidate.outcome in ("kept", "not tried"):
                 return
 
     def _mixed(self, base: Candidate, count: int) -> Recipe:
@@ -293,24 +320,29 @@ class _Search:
 
     def _choose(self) -> Candidate:
         """The best of those that hold; where none does, the one that comes nearest, for the gate to say so."""
-        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
-        holding = sorted(self._holding(), key=lambda c: c.rank(objective, baseline))
+        objective, times = self.setting.search.objective, self.setting.judge.arena.times
+        holding = self._holding()
         if not holding:
-            judged = [c for c in self.candidates if c.selection is not None]
-            if not judged:
-                raise self._nothing_made()
-            nearest = min(judged, key=lambda c: (-c.chance, c.foreseen_worst, c.rank(objective, baseline)))
-            if self.setting.judge.arena.times:  # the gate may pass it after all, and then it must not be slow either
-                self._fastest([nearest])
-            nearest.outcome, nearest.reason = "chosen", f"none holds; this one comes nearest ({nearest.reason})"
-            return nearest
-        chosen = self._fastest(holding) if self.setting.judge.arena.times else holding[0]
-        for other in holding:
-            if not other.reason:
-                other.reason = f"holds, but {chosen.name} is better by the objective ({objective})"
+            return self._nearest()
+        chosen = self._fastest() if times else holding[0]
+        others = [c for c in self._holding() if c is not chosen]
+        for other in others:
+            other.reason = f"holds, but {chosen.name} is better by the objective ({objective})"
         chosen.outcome = "chosen"
-        chosen.reason = f"the best of {len(holding)} that hold, by the objective ({objective})"
+        chosen.reason = f"the best of {1 + len(others)} that hold, by the objective ({objective})"
         return chosen
+
+    def _nearest(self) -> Candidate:
+        judged = [c for c in self.candidates if c.selection is not None]
+        if not judged:
+            raise self._nothing_made()
+        nearest = min(judged, key=lambda c: (-c.chance, c.foreseen_worst, self._rank(c)))
+        if self.setting.judge.arena.times:  # the gate may pass it after all, and then it must not be slow either
+            self._time(nearest)
+            if not self._is_fit(nearest):
+                raise self._none_is_fast()
+        nearest.outcome, nearest.reason = "chosen", f"none holds; this one comes nearest ({nearest.reason})"
+        return nearest
 
     def _nothing_made(self) -> EdgepackError:
         """The reason where all share one, else all of them."""
@@ -322,26 +354,41 @@ class _Search:
             return GateMissedError(f"the model does not fit its budget: {text}: nothing was packed")
         return UnsupportedError(text)
 
-    def _fastest(self, holding: list[Candidate]) -> Candidate:
-        """Time the cheapest; what is not proved to be as fast as fp32 does not go on, unless bytes alone count."""
-        objective, baseline = self.setting.search.objective, self.setting.baseline_bytes
-        timed: list[Candidate] = []
-        for candidate in holding[: TIMED if objective != "size" else 1]:
-            self._time(candidate)
-            timed.append(candidate)
-        fit = [c for c in timed if objective == "size" or (c.speed is not None and c.speed.never_slower)]
-        for candidate in holding[len(timed) :] if not fit else []:
-            self._time(candidate)
-            timed.append(candidate)
-            if candidate.speed is not None and candidate.speed.never_slower:
-                fit = [candidate]
+    def _fastest(self) -> Candidate:
+        """The best of those that hold and are proved to be as fast as fp32; bytes alone need no such proof.
+
+        Where none of them is, what was not tried for their sake is tried, unless it computes as one that was timed
+        does. Raises where none of that is fast either.
+        """
+        while holding := self._holding():
+            fit = self._time_some(holding)
+            if fit:
+                return min(fit, key=self._rank)
+            timed = {c.arithmetic: c for c in self.candidates if c.speed is not None}
+            for candidate in [c for c in self.candidates if c.outcome == "not tried"]:
+                alike = timed.get(candidate.arithmetic)
+                if alike is None:
+                    self._try(candidate)
+                else:
+                    candidate.reason = f"computes as {alike.name} does, which is not as fast as fp32"
+        raise self._none_is_fast()
+
+    def _time_some(self, holding: Sequence[Candidate]) -> list[Candidate]:
+        """Time the cheapest, and where none of them is fit the others, until one is; gives those that are."""
+        first = TIMED if self.setting.search.objective != "size" else 1
+        fit: list[Candidate] = []
+        for place, candidate in enumerate(holding):
+            if place >= first and fit:
                 break
-        for candidate in timed:
-            if candidate not in fit:
-                candidate.outcome, candidate.reason = "dropped", _slow(candidate)
-        if not fit:
-            raise _none_is_fast(timed, self.setting)
-        return min(fit, key=lambda c: c.rank(objective, baseline))
+            self._time(candidate)
+            if self._is_fit(candidate):
+                fit.append(candidate)
+            else:
+                candidate.outcome, candidate.reason = "dropped", candidate.slowness
+        return fit
+
+    def _is_fit(self, candidate: Candidate) -> bool:
+        return self.setting.search.objective == "size" or (candidate.speed is not None and candidate.speed.never_slower)
 
     def _time(self, candidate: Candidate) -> None:
         setting, judge = self.setting, self.setting.judge
@@ -349,47 +396,13 @@ class _Search:
         made = Made(plan=candidate.plan, record=candidate.record)
         candidate.speed = judge.speed(setting.baseline, made)
 
-
-@dataclass(slots=True, kw_only=True)
-class _Drift:
-    """Feeds a meter as long as shapes agree: outputs whose shape follows from data have no distance."""
-
-    meter: DriftMeter
-    samples: int = 0
-    comparable: bool = True
-
-    def add(self, reference: Outputs, found: Outputs, label: Label = None) -> None:
-        self.comparable = self.comparable and all(found[name].shape == a.shape for name, a in reference.items())
-        if self.comparable:
-            self.meter.add(reference, found, label)
-            self.samples += 1
-
-    def report(self) -> DriftReport | None:
-        return self.meter.report() if self.comparable and self.samples else None
-
-
-def _same(one: Candidate, other: Candidate) -> bool:
-    """Whether they are one model that runs in one way: of OpenVINO's, float32 and bf16 are one file."""
-    if one.record is None or other.record is None or one.record.files != other.record.files:
-        return False
-    first, second = one.plan.recipe, other.plan.recipe
-    return (first.runtime, first.device_options) == (second.runtime, second.device_options)
-
-
-def _slow(candidate: Candidate) -> str:
-    speed = candidate.speed
-    assert speed is not None
-    interval = "no interval" if speed.interval is None else f"[{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]"
-    what = "slower than fp32" if speed.verdict == "slower" else "not proved to be as fast as fp32"
-    return f"{what}: {speed.ratio:.3f} of its time {interval}"
-
-
-def _none_is_fast(timed: Sequence[Candidate], setting: Setting) -> GateMissedError | GateUnresolvedError:
-    lines = "; ".join(f"{c.name} is {_slow(c)}" for c in timed)
-    where = setting.judge.arena.where
-    if all(c.speed is not None and c.speed.verdict == "slower" for c in timed):
-        return GateMissedError(f"slower than fp32 on {where}, so nothing ships: {lines}; --objective size ships it")
-    return GateUnresolvedError(
-        f"not one candidate is proved to be as fast as fp32 on {where}: {lines}; build again on a quieter machine, or "
-        "with --device none, which leaves the speed unmeasured"
-    )
+    def _none_is_fast(self) -> GateMissedError | GateUnresolvedError:
+        timed = [(c, c.speed) for c in self.candidates if c.speed is not None]
+        lines = "; ".join(f"{c.name} is {c.slowness}" for c, _ in timed)
+        where = self.setting.judge.arena.where
+        if all(speed.verdict == "slower" for _, speed in timed):
+            return GateMissedError(f"slower than fp32 on {where}, so nothing ships: {lines}; --objective size ships it")
+        return GateUnresolvedError(
+            f"not one candidate is proved to be as fast as fp32 on {where}: {lines}; build again on a quieter machine, "
+            "or with --device none, which leaves the speed unmeasured"
+        )

@@ -69,6 +69,9 @@ def build(
         Path | None,
         typer.Option("--report", help="Write an HTML page: the front, all candidates, sensitivity, gates."),
     ] = None,
+    install_toolchains: Annotated[
+        bool, typer.Option("--install-toolchains", help="Fetch also toolchains so large that a build asks first.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what may be tried, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -97,7 +100,7 @@ def build(
 
     store = Store(cache_folder())
     opened = _adjusted(
-        open_project(project, store, model=model, say=say),
+        open_project(project, store, model=model, say=say, install_toolchains=install_toolchains),
         accept_unresolved=accept_unresolved,
         search={
             "objective": objective,
@@ -122,7 +125,7 @@ def build(
         from edgepack.report.svg import require_plotting
 
         require_plotting()
-    bench = Workbench(store=store, say=say)
+    bench = Workbench(store=store, say=say, install_toolchains=install_toolchains)
     with _device(device, inventory, wait=wait) as judging:
         options = BuildOptions(
             project_file=project,

@@ -12,8 +12,6 @@ from edgepack.judge.metric import Label, MetricInstance, Outputs
 Run = Callable[[Iterable[Feed]], Iterable[Feed]]
 """A model's outputs for each feed, in order."""
 
-Progress = Callable[[int, int], None]
-
 
 class Watcher(Protocol):
     """Sees both models' outputs of each sample; a DriftMeter is one."""
@@ -32,28 +30,26 @@ class Compared:
 def compare(
     data: DataSet,
     metric: MetricInstance,
-    baseline: Run,
+    baseline: Iterable[Outputs],
     candidate: Run,
     *,
-    progress: Progress | None = None,
     watcher: Watcher | None = None,
     enough: Callable[[Compared], bool] | None = None,
 ) -> Compared:
-    """Run both models over all samples; memory for some samples and the statistics.
+    """Run the candidate over all samples; memory for some samples and the statistics.
 
+    `baseline`: what the fp32 model gives for each of them, in order.
     `enough` is asked after each sample and may end it early; what comes back is then shorter than the data.
     """
     old: list[Any] = []
     new: list[Any] = []
     seen = Compared(baseline=old, candidate=new)
-    for index, (reference, found) in enumerate(zip(baseline(data.feeds()), candidate(data.feeds()), strict=True)):
+    for index, (reference, found) in enumerate(zip(baseline, candidate(data.feeds()), strict=True)):
         label = data.labels[index] if data.labels is not None else None
         old.append(metric.statistic(reference, label, reference))
         new.append(metric.statistic(found, label, reference))
         if watcher:
             watcher.add(reference, found, label)
-        if progress:
-            progress(index + 1, len(data))
         if enough and enough(seen):
             break
     return seen

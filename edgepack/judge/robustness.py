@@ -67,7 +67,7 @@ def assess(
     conditions, tables = [], []
     for done, place in enumerate(places):
         spoiled = corrupt(fewer, *place, seed, signals=signals)
-        compared = compare(spoiled, metric, baseline, candidate)
+        compared = compare(spoiled, metric, baseline(spoiled.feeds()), candidate)
         _refuse_fp32(metric, compared.baseline, spoiled)
         condition, gathered = _condition(metric, compared, place, gate.confidence)
         conditions.append(condition)

@@ -32,6 +32,10 @@ class Remote:
     """Which of the model's files are coded there."""
 
 
+class ModelDoesNotRunError(InputError):
+    """A runtime cannot load or run a model: the user's own, or a candidate that has an operator it lacks in int8."""
+
+
 class RuntimeSession:
     """One runner process with one runtime; a context manager that ends it.
 
@@ -48,8 +52,10 @@ class RuntimeSession:
         lib: Path | str,
         options: Mapping[str, Json],
         folder: Path,
+        system: tuple[str, ...] = (),
         remote: Remote | None = None,
     ) -> None:
+        self._system = system
         self._client, self._runtime, self._lib = client, runtime, lib
         self._options, self._folder, self._remote = dict(options), folder, remote
         self._exchanges = 0
@@ -67,8 +73,8 @@ class RuntimeSession:
     ) -> Iterator[Feed]:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
-        Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
-        is full, and ToolchainError when the runtime dies: no device is at fault here. Of a remote runner the last
+        Raises ModelDoesNotRunError where the runtime cannot load or run the model, StorageError where this machine's
+        disk is full, and ToolchainError when the runtime dies: no device is at fault here. Of a remote runner the last
         two are DeviceError, and so is a device that goes away.
         """
         model = self._model(files)
@@ -107,6 +113,7 @@ class RuntimeSession:
             files={role: str(path) for role, path in files.items()},
             options=self._options,
             threads=1,
+            system=self._system,
             coded=None if self._remote is None else self._remote.coded,
         )
 
@@ -158,7 +165,7 @@ class RuntimeSession:
     def _explained(self, error: RunnerError) -> EdgepackError:
         """What a runner's failure means where it runs on this machine."""
         if error.failure in ("runtime", "bad-request"):
-            return InputError(f"the model cannot be run: {error}")
+            return ModelDoesNotRunError(f"the model cannot be run: {error}")
         if self._remote is not None:
             return error
         if error.failure == "storage":

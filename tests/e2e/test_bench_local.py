@@ -95,7 +95,7 @@ def test_a_bundle_is_installed_proved_and_timed_and_the_second_time_nothing_is_u
 
 def test_a_report_draws_what_a_benchmark_kept(tmp_path: Path) -> None:
     bundle, device, history = make_bundle(tmp_path / "bundle"), Watched(tmp_path / "home"), tmp_path / "history.sqlite"
-    result = benchmark(bundle, device, conduct=Conduct(**QUICK, profile=True))
+    result = benchmark(bundle, device, conduct=Conduct(**QUICK, profile=True, repeats=1))
     kept, _ = keep(history, result.to_json(), "bench")
     material = gather([bundle.path], history)
     assert [each.row.id for each in material.results] == [kept]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import signal
 import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.bench.versus import SpeedRatio, SpeedVerdict
 from edgepack.build import build as building
+from edgepack.build import reference
 from edgepack.build.arena import Here, Made
 from edgepack.build.build import BuildOptions, BuildReport, build, plan_for
 from edgepack.build.execute import Workbench, execute
 from edgepack.build.inputs import open_project
+from edgepack.build.judging import Judge
 from edgepack.build.sensitivity import measure_sensitivity
 from edgepack.bundle.bundle import open_bundle
 from edgepack.graph.npz import npz_bytes
+from edgepack.judge.data_set import Feed
+from edgepack.judge.gate import Verdict
+from edgepack.judge.session import RuntimeSession
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassContext, PassDefect
 from edgepack.runtimes.recipes import proposals
 from edgepack.spec.target import load_target
-from edgepack.store import Json, Store
+from edgepack.store import Json, Store, digest_file
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
@@ -62,13 +70,17 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     return Searched(tmp_path_factory.mktemp("searched"))
 
 
+def by_name(evidence: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in evidence["candidates"]}
+
+
 def outcomes(evidence: dict[str, Any]) -> dict[str, str]:
-    return {each["name"]: each["outcome"] for each in evidence["candidates"]}
+    return {name: each["outcome"] for name, each in by_name(evidence).items()}
 
 
 def test_the_smallest_that_holds_is_chosen_and_the_rest_have_reasons(searched: Searched) -> None:
     evidence = searched.row["search"]
-    found = {each["name"]: each for each in evidence["candidates"]}
+    found = by_name(evidence)
     chosen = found[searched.row["candidate"]]
     assert chosen["outcome"] == "chosen" and chosen["front"]
     assert searched.row["baseline_bytes"] / searched.row["model_bytes"] >= 7
@@ -237,7 +249,7 @@ def test_what_is_slower_than_fp32_is_not_shipped(
 ) -> None:
     """int8 would be chosen by bytes and by estimate, and is slow; what is as small and fast goes."""
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.9, "faster"), "int8-": ratio(1.5, "slower")}
-    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch)
+    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=3)
     assert not report.failed
     (built,) = report.built
     evidence = built.locked.evidence
@@ -247,14 +259,34 @@ def test_what_is_slower_than_fp32_is_not_shipped(
     assert speed != "not measured" and speed.verdict == "faster"
 
 
+def test_where_int8_is_slower_than_fp32_float_arithmetic_is_tried(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 holds, so that by estimate nothing else is worth trying; the clock then says that it is."""
+    speeds = {"": ratio(1.3, "slower"), "weights-int8": ratio(1.0, "equal")}
+    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="latency")
+    assert not report.failed, report.failed[0].message
+    (built,) = report.built
+    evidence = built.locked.evidence
+    assert evidence is not None and built.plan.recipe.name == "weights-int8"
+    found = by_name(evidence)
+    assert found["int8"]["outcome"] == "dropped" and "slower than fp32: 1.300" in found["int8"]["reason"]
+    assert found["int8-gptq"]["outcome"] == "not tried" and "computes as int8 does" in found["int8-gptq"]["reason"]
+    assert found["half"]["outcome"] == "not tried" and "cannot be better" in found["half"]["reason"]
+    speed = open_bundle(project / RPI4).manifest.speed
+    assert speed != "not measured" and speed.verdict == "equal"
+
+
 def test_where_all_are_slower_nothing_ships(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, project = build_here(tmp_path / "p", searched.cache, {"": ratio(1.3, "slower")}, monkeypatch)
+    report, project = build_here(tmp_path / "p", searched.cache, {"": ratio(1.3, "slower")}, monkeypatch, evaluations=3)
     (failure,) = report.failed
     assert failure.error.exit_code == 5 and "slower than fp32" in str(failure.error)
     assert not (project / RPI4).exists()
-    report, project = build_here(tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch)
+    report, project = build_here(
+        tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch, evaluations=3
+    )
     (failure,) = report.failed
     assert failure.error.exit_code == 6 and "--device none" in str(failure.error)
 
@@ -287,7 +319,7 @@ def test_the_measured_time_decides_not_the_estimate(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.02, "faster")}
-    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="balanced")
+    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="balanced", evaluations=3)
     (built,) = report.built
     assert built.plan.recipe.name == "int8"
 
@@ -305,19 +337,51 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     whole = PASSES["gptq"]
     monkeypatch.setitem(PASSES, "gptq", Broken())
     cache = clean_cache(tmp_path / "cache")
-    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch)
+    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch, objective="size")
     (built,) = report.built
     evidence = built.locked.evidence
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
 
 
-def outlier_project(folder: Path) -> Path:
-    """Two products; into the second come values of which one channel is a thousand times the others."""
+def test_a_candidate_that_its_runtime_does_not_take_is_dropped_and_the_next_is_tried(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreadable:
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def apply(self, files: dict[str, Path], params: dict[str, Json], context: PassContext) -> dict[str, Path]:
+            made = whole.apply(files, params, context)
+            Unreadable.calls += 1
+            if Unreadable.calls == 1:
+                made["model"].write_bytes(b"nothing that a runtime reads")
+            return made
+
+    whole = PASSES["compact"]
+    monkeypatch.setitem(PASSES, "compact", Unreadable())
+    cache, speeds = clean_cache(tmp_path / "cache"), {"": ratio(0.5, "faster")}
+    report, _ = build_here(tmp_path / "p", cache, speeds, monkeypatch, objective="latency", evaluations=2)
+    (built,) = report.built
+    evidence = built.locked.evidence
+    assert evidence is not None
+    (first,) = [each for each in evidence["candidates"] if each["name"] == "int8"]  # type: ignore[union-attr,index,call-overload]
+    assert first["outcome"] == "dropped" and "the model cannot be run" in first["reason"]  # type: ignore[index,operator,call-overload]
+    assert built.plan.recipe.name != "int8"
+
+
+def outlier_project(folder: Path, *, ruined: Sequence[str] = ("second",), samples: int = 1600) -> Path:
+    """Two products; into those that are `ruined` come values of which one channel is a thousand times the others."""
     random = np.random.default_rng(5)
     first = random.normal(size=(16, 24)).astype(np.float32)
-    first[:, 0] *= 3000
     second = random.normal(size=(24, 8)).astype(np.float32)
-    second[0] = 0  # what is large does not matter for the result, but takes all of the range
+    scale = np.ones(16, np.float32)
+    if "first" in ruined:
+        scale[1], first[1] = 3000, 0  # what is large does not matter for the result, but takes all of the range
+    if "second" in ruined:
+        first[:, 0] *= 3000
+        second[0] = 0
     nodes = [
         helper.make_node("MatMul", ["x", "a"], ["h"], name="first"),
         helper.make_node("Relu", ["h"], ["r"], name="relu"),
@@ -332,8 +396,8 @@ def outlier_project(folder: Path) -> Path:
     )
     folder.mkdir()
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "m.onnx")
-    for name, count in (("calibration", 64), ("evaluation", 3000)):
-        arrays = {"x": random.normal(size=(count, 1, 16)).astype(np.float32)}
+    for name, count in (("calibration", 64), ("evaluation", samples)):
+        arrays = {"x": random.normal(size=(count, 1, 16)).astype(np.float32) * scale}
         (folder / f"{name}.npz").write_bytes(npz_bytes(arrays))
     (folder / "edgepack.toml").write_text(
         'name = "outlier"\nmodel = "m.onnx"\n[calibration]\ndata = "calibration.npz"\n'
@@ -343,16 +407,35 @@ def outlier_project(folder: Path) -> Path:
     return folder
 
 
+def test_where_int8_ruins_one_layer_that_one_stays_in_float(tmp_path: Path) -> None:
+    """Tried before float arithmetic, which would hold as well and costs more."""
+    project = outlier_project(tmp_path / "project")
+    done = edgepack(
+        *("build", "-t", "rpi4", "--json", "--objective", "latency", "--explain"),
+        cwd=project,
+        cache=clean_cache(tmp_path / "cache"),
+    )
+    (row,) = rows = done.document["bundles"]
+    assert len(rows) == 1 and row["candidate"] == "int8-mixed-1" and row["answer"] == "passed"
+    found = outcomes(row["search"])
+    assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq")} == {"dropped"}
+    assert found["weights-int8"] == "not tried"
+    assert [each["node"] for each in row["search"]["sensitivity"]] == ["second", "first"]
+    manifest = open_bundle(project / "dist/outlier-rpi4.edgepack").manifest
+    (static,) = [part for part in manifest.passes if part.name == "quantise-static"]
+    assert static.params["float_nodes"] == ["second"] and manifest.model.precision == "int8"
+
+
 def test_what_int8_ruins_ships_with_float_arithmetic(tmp_path: Path) -> None:
     done = edgepack(
         *("build", "-t", "rpi4", "--json", "--objective", "latency"),
-        cwd=outlier_project(tmp_path / "project"),
+        cwd=outlier_project(tmp_path / "project", ruined=("first", "second")),
         cache=clean_cache(tmp_path / "cache"),
     )
     (row,) = rows = done.document["bundles"]
     assert len(rows) == 1 and row["candidate"] == "weights-int8" and row["answer"] == "passed"
     found = outcomes(row["search"])
-    assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq")} == {"dropped"}
+    assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq", "int8-mixed-1")} == {"dropped"}
 
 
 def test_the_layer_that_int8_ruins_is_the_most_sensitive(tmp_path: Path) -> None:
@@ -368,6 +451,51 @@ def test_the_layer_that_int8_ruins_is_the_most_sensitive(tmp_path: Path) -> None
     assert measure_sensitivity(made, opened, bench, more_time=lambda: False) == ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counting(Workbench):
+    """Counts how many samples each model is run on, by the digest of its file."""
+
+    ran: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @contextlib.contextmanager
+    def session(self, *arguments: Any) -> Iterator[RuntimeSession]:
+        with super().session(*arguments) as session:
+            run = session.run
+
+            def counted(files: Any, feeds: Iterable[Feed], fetch: Any = None) -> Iterator[Feed]:
+                for outputs in run(files, feeds, fetch):
+                    self.ran[digest_file(files["model"])] += 1
+                    yield outputs
+
+            session.run = counted  # type: ignore[method-assign]
+            yield session
+
+
+def test_fp32_is_run_once_for_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its outputs that would take too much room are not kept, but run for each candidate."""
+    store = Store(clean_cache(tmp_path / "cache"))
+    opened = open_project(outlier_project(tmp_path / "project", samples=800) / "edgepack.toml", store)
+    target, bench = load_target("rpi4"), Counting(store=store, say=lambda _: None)
+    recipes = [each for each in proposals(target, "size") if each.name in ("weights-int8", "half")]
+    plans = [plan_for(opened, target, target.os_named(), recipe, bench) for recipe in recipes]
+    made = [Made(plan=plan, record=execute(plan, opened, bench)) for plan in plans]
+    canonical = store.recall(plans[0].steps[0].key)
+    assert canonical is not None and len(made) == 2
+    (fp32,) = canonical.files.values()
+    judge = Judge(opened=opened, bench=bench, arena=Here(bench, target))
+
+    def verdicts() -> list[Verdict]:
+        bench.ran.clear()
+        return [judge.select(each, opened.evaluation, gate_samples=800).verdict for each in made]
+
+    known = verdicts()
+    assert [each.answer for each in known] == ["passed", "passed"] and bench.ran[fp32] == 800
+    assert verdicts() == known and bench.ran[fp32] == 0
+    sample = 128 + 8 * 4  # .npy's head, 8 numbers
+    monkeypatch.setattr(reference, "KEPT_BYTES", 100 * sample)
+    assert verdicts() == known and bench.ran[fp32] == 101 + 2 * 700
+
+
 def test_every_technique_is_shown_alone_and_combined(tmp_path: Path) -> None:
     done = edgepack(
         *("compare-techniques", "-t", "rpi4", "--no-robustness", "--json"),
@@ -378,7 +506,8 @@ def test_every_technique_is_shown_alone_and_combined(tmp_path: Path) -> None:
     rows = done.document["techniques"]
     assert all(set(row) == documented("compare-techniques")["techniques"] for row in rows)
     alone = {row["name"] for row in rows if not row["combined"]}
-    shown = {name for name, each in PASSES.items() if each.technique and "convert-openvino" not in each.technique}
+    conversions = {"convert-openvino", "convert-litert"}
+    shown = {name for name, each in PASSES.items() if each.technique and not conversions & set(each.technique)}
     assert alone == (shown - {"canonicalise"}) | {"fp32"}
     by_name = {(row["name"], row["combined"]): row for row in rows}
     assert by_name["quantise-static", False]["drop"] > 0.5 and by_name["half", False]["drop"] < 0.05
