@@ -120,6 +120,7 @@ def test_a_rebuild_does_no_work_and_the_lock_alone_gives_the_same_bytes(searched
     assert (project / RPI4).read_bytes() == (searched.project / RPI4).read_bytes()
 
 
+@pytest.mark.full
 def test_two_searches_in_clean_caches_give_the_same_bytes(searched: Searched, tmp_path: Path) -> None:
     project = example(tmp_path / "project", evaluations=24, changes=FEW)
     done = edgepack("build", "-t", "rpi4", "--objective", "size", cwd=project, cache=clean_cache(tmp_path / "cache"))
@@ -496,6 +497,7 @@ def test_fp32_is_run_once_for_all_candidates(tmp_path: Path, monkeypatch: pytest
     assert verdicts() == known and bench.ran[fp32] == 101 + 2 * 700
 
 
+@pytest.mark.full
 def test_every_technique_is_shown_alone_and_combined(tmp_path: Path) -> None:
     done = edgepack(
         *("compare-techniques", "-t", "rpi4", "--no-robustness", "--json"),
