@@ -28,7 +28,8 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(PYTEST) -m "not full and not npu"
+	$(PYTEST) tests/unit -m "not full and not npu" --numprocesses 2 --dist loadfile
+	$(PYTEST) tests/e2e -m "not full and not npu"
 
 check: $(READY)
 	$(BIN)/ruff check --quiet

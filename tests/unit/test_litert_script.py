@@ -149,7 +149,7 @@ def test_where_sizes_repeat_results_decide_between_the_layouts(tmp_path: Path) -
         ({"default": "static", "per_tensor": ["FULLY_CONNECTED"]}, {"INT8", "INT32"}),
         ({"default": "static", "ranges": "moving-average"}, {"INT8", "INT32"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_each_mode_stores_constants_of_its_type(fields: dict[str, Json], types: set[str], tmp_path: Path) -> None:
     result = quantise(picture_folder(), tmp_path / "out", **fields)
