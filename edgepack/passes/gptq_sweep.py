@@ -1,4 +1,4 @@
-"""GPTQ over a whole graph: layers in the stages of layer_sweep.py, each corrected for what earlier stages lost."""
+"""GPTQ over a whole graph: in the stages of layer_sweep.py, whose leaders make good what earlier stages lost."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
 """The layers of a graph one after the other, each with the moments of its inputs in two models.
 
 In stages: at each the float model and the model as changed so far are run over the calibration data once, both only as
-far as the stage's layers need, and give the same rows of their inputs. So a layer sees what all earlier stages changed;
-what its own stage changes it does not see. A stage holds at most ceil(layers / stages) layers, and no more second
-moments than the largest layer alone has.
+far as they are needed. The stage's leaders, layers that no other layer of it reaches, get the same rows of their inputs
+from both models: they see what all earlier stages changed, and make it good. The layers behind them get the float
+model's rows alone, as if the leaders had made all good. From the changed model, as it was before its leaders changed,
+they would make good once more what the leaders do: k layers in a row would do so k times (ADR 11).
+A stage holds at most ceil(layers / stages) layers, and no more second moments than the largest layer alone has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +20,12 @@ from onnx import numpy_helper
 
 from edgepack.errors import InputError
 from edgepack.graph.extract import extract
-from edgepack.graph.index import GraphIndex
+from edgepack.graph.index import GraphIndex, reads
 from edgepack.graph.inference import infer_shapes
 from edgepack.passes.contract import Activations
 from edgepack.passes.gptq_core import factor, layer_cost, round_at, search_scales
 from edgepack.passes.layer_rows import LayerMatrix, Matrix, RowProbe, layer_matrix, row_probe, static_shapes
-from edgepack.passes.row_moments import Moments, MomentStream
+from edgepack.passes.row_moments import Moments, MomentStream, Rows
 from edgepack.passes.sensitivity import OutputError
 from edgepack.store import Json
 
@@ -208,25 +210,40 @@ class LayerSweep:
             name: MomentStream(probe.layer.groups, probe.layer.columns, diagonal=self._is_diagonal(probe.layer))
             for name, probe in probes.items()
         }
-        outputs = [probe.output for probe in probes.values()]
-        runs = [
-            self.activations(_with_probes(model, probes), outputs, self.settings.samples)
-            for model in ([self.float_model, self.current] if self.changed else [self.float_model])
-        ]
+        runs = [self._rows(self.float_model, probes)]
+        if self.changed:
+            runs.append(self._rows(self.current, {name: probes[name] for name in self._leaders(probes)}))
         count = 0
-        for count, values in enumerate(zip(*runs, strict=True), 1):
-            for name, probe in probes.items():
-                rows = probe.rows(values[-1][probe.output])
-                wanted = rows if len(values) == 1 else probe.rows(values[0][probe.output])
-                if not (np.isfinite(rows).all() and np.isfinite(wanted).all()):
+        for count, run in enumerate(zip(*runs, strict=True), 1):
+            wanted, found = run[0], run[0] | run[-1]
+            for name, rows in found.items():
+                if not (np.isfinite(rows).all() and np.isfinite(wanted[name]).all()):
                     raise InputError(
                         f"model: the input of '{name}' is not finite on calibration sample {count - 1}; "
                         "check the preprocessing and the model with that sample"
                     )
-                streams[name].add(rows, wanted - rows)
+                streams[name].add(rows, wanted[name] - rows)
         if not count:
             raise InputError("calibration: there is no sample in it; some hundred are needed")
         return {name: stream.finish(centred=self.nodes[name].op_type != "MatMul") for name, stream in streams.items()}
+
+    def _rows(self, model: onnx.ModelProto, probes: Mapping[str, RowProbe]) -> Iterator[dict[str, Rows]]:
+        """Each probe's rows in `model`, a mapping a sample."""
+        outputs = [probe.output for probe in probes.values()]
+        for values in self.activations(_with_probes(model, probes), outputs, self.settings.samples):
+            yield {name: probe.rows(values[probe.output]) for name, probe in probes.items()}
+
+    def _leaders(self, stage: Collection[str]) -> list[str]:
+        """Names of the layers of a stage that no other layer of it reaches."""
+        behind: set[str] = set()
+        leaders = []
+        for node in self.float_model.graph.node:  # topological order: producers before readers
+            follows = not behind.isdisjoint(reads(node))
+            if node.name in stage and not follows:
+                leaders.append(node.name)
+            if follows or node.name in stage:
+                behind.update(node.output)
+        return leaders
 
     def _is_diagonal(self, layer: LayerMatrix) -> bool:
         return layer.columns > self.settings.max_columns

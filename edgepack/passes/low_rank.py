@@ -63,7 +63,7 @@ class Factors:
 
 class LowRank:
     name: ClassVar[str] = "low-rank"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "layers as two of low rank, refitted"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True

@@ -56,7 +56,7 @@ class _Choice:
 
 class PruneChannels:
     name: ClassVar[str] = "prune-channels"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "channels taken out, the layers behind them refitted"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
