@@ -123,7 +123,7 @@ def test_a_device_that_is_lost_in_the_middle_leaves_nothing_behind(desk: Desk, t
         def say(line: str) -> None:
             desk.said.append(line)
             if moment in line and server.process.poll() is None:
-                threading.Timer(0.2, lose, [server]).start()
+                lose(server)
 
         desk.say = say  # type: ignore[method-assign]
         report = desk.build(transport)
