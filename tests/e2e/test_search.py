@@ -249,7 +249,7 @@ def test_what_is_slower_than_fp32_is_not_shipped(
 ) -> None:
     """int8 would be chosen by bytes and by estimate, and is slow; what is as small and fast goes."""
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.9, "faster"), "int8-": ratio(1.5, "slower")}
-    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch)
+    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=2)
     assert not report.failed
     (built,) = report.built
     evidence = built.locked.evidence
@@ -317,7 +317,7 @@ def test_the_measured_time_decides_not_the_estimate(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.02, "faster")}
-    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="balanced")
+    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=2)
     (built,) = report.built
     assert built.plan.recipe.name == "int8"
 
@@ -335,7 +335,7 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     whole = PASSES["gptq"]
     monkeypatch.setitem(PASSES, "gptq", Broken())
     cache = clean_cache(tmp_path / "cache")
-    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch)
+    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch, evaluations=2)
     (built,) = report.built
     evidence = built.locked.evidence
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
