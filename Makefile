@@ -45,11 +45,12 @@ test-npu: $(READY)
 	$(PYTEST) -m npu
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.agreement --output docs/benchmarks/agreement.md
 	$(BIN)/python -m benchmarks.compression --output docs/benchmarks/compression.md
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.coding
 	$(BIN)/python -m benchmarks.regression_gate
+	$(BIN)/python -m benchmarks.disturbances --output docs/benchmarks/disturbances.md
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

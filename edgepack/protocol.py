@@ -55,13 +55,16 @@ class ModelRef:
     """A model where the runner finds it: all paths are the device's."""
 
     runtime: str
-    """`onnxruntime` or `openvino`."""
+    """`onnxruntime`, `openvino`, `litert` or `tflite-runtime`."""
     lib: str
     """The folder with the runtime's unpacked wheels; every model of one runner has the same."""
     files: Mapping[str, str]
-    """`model`, `weights` where the format has a second file, `blob` where one was compiled for an NPU."""
+    """`model`; `weights` where the format has a second file; `blob` where one was compiled for an NPU; `layout` where
+    axes were turned."""
     options: Mapping[str, object] = field(default_factory=dict)
     threads: int = 1
+    system: tuple[str, ...] = ()
+    """Packages that the device's own Python brings."""
     coded: Coded | None = None
 
 

@@ -86,7 +86,10 @@ def pip_report(release: Release, machine: str, python: str) -> dict[str, Any]:
     names = [
         f"{each.name}{each.specifier}" for each in wanted if each.marker is None or each.marker.evaluate(environment)
     ]
-    return _ask_pip(names, platform_tags(machine, release.glibc), python)
+    options = ["--ignore-requires-python"] if release.any_python else []
+    if machine in release.system:  # pip would look for wheels of what the system brings
+        options.append("--no-deps")
+    return _ask_pip(names, platform_tags(machine, release.glibc), python, *options)
 
 
 def windows_report(release: Release, python: str) -> dict[str, Any]:
@@ -120,12 +123,13 @@ def chosen(report: Mapping[str, Any], release: Release, machine: str, python: st
     items = {canonicalize_name(item["metadata"]["name"]): item for item in report["install"]}
     out: Choice = {}
     waiting = list(release.requirements)
+    brought = {each.name for each in release.system.get(machine, ())}  # type: ignore[call-overload]
     seen: set[str] = set()
     while waiting:
         requirement = Requirement(waiting.pop())
         name = canonicalize_name(requirement.name)
         skipped = requirement.marker is not None and not requirement.marker.evaluate(environment)
-        if skipped or name in seen or name in release.without:
+        if skipped or name in seen or name in release.without or name in brought:
             continue
         seen.add(name)
         if name not in items:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgepack.errors import DeviceError
+from edgepack.errors import DeviceError, UnsupportedError
 from edgepack.transports.base import Transport
 
 CONTACT_TIMEOUT_S = 30.0
@@ -30,6 +30,8 @@ print("%d.%d.%d" % sys.version_info[:3], struct.calcsize("P") * 8, (libc or "unk
 """
 
 SPELLINGS = {"arm64": "aarch64", "amd64": "x86_64", "armv8l": "armv7l"}
+OLDEST = (3, 9)
+"""The oldest Python that the runner is written for."""
 BELOW_64_BIT_KERNEL = {"aarch64": "armv7l", "x86_64": "i686"}
 """Raspberry Pi OS runs 32-bit programs on a 64-bit kernel; what counts is what Python was built for."""
 
@@ -84,3 +86,17 @@ def first_words(transport: Transport, python: str = "python3") -> FirstWords:
         os_version=said.get("os_version"),
         pythons=tuple(Interpreter(path=w[0], version=w[1], bits=int(w[2]), libc=w[3]) for w in found),
     )
+
+
+def any_python(transport: Transport) -> Interpreter:
+    """The newest that the device's PATH has. Raises UnsupportedError where none runs what we send, DeviceError."""
+    pythons = first_words(transport).pythons
+    newest = max(pythons, key=_numbers, default=None)
+    if newest is None or _numbers(newest) < OLDEST:
+        found = ", ".join(each.version for each in pythons) or "none"
+        raise UnsupportedError(f"{transport.name}: Python {found}; the runner needs 3.9 or newer: apt install python3")
+    return newest
+
+
+def _numbers(python: Interpreter) -> tuple[int, ...]:
+    return tuple(map(int, python.version.split(".")))

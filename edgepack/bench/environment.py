@@ -72,6 +72,8 @@ class Environment:
     frequencies_mhz: tuple[float, ...] = ()
     """The fastest processor's, sample by sample."""
     governors: tuple[str, ...] = ()
+    governor_changes: tuple[str, ...] = ()
+    """`ondemand to powersave`: of any one processor, from one sample to the next."""
     temperatures_c: tuple[float, ...] = ()
     """The hottest zone's, sample by sample."""
     throttled: tuple[str, ...] | None = None
@@ -140,6 +142,7 @@ def read_environment(*runs: Sequence[EnvironmentSample]) -> Environment:
         readings=readings,
         frequencies_mhz=tuple(each.frequency_mhz for each in readings if each.frequency_mhz is not None),
         governors=tuple(sorted({text.strip() for text in _texts(every, "/cpufreq/scaling_governor")})),
+        governor_changes=_governor_changes(every),
         temperatures_c=tuple(each.temperature_c for each in readings if each.temperature_c is not None),
         throttled=_throttled(readings),
         load_before=_number(r"^(?P<n>[\d.]+)", runs[0][0].files.get("/proc/loadavg")),
@@ -190,6 +193,20 @@ def _maximum(sample: EnvironmentSample, part: str, scale: float) -> float | None
     """The largest of a kind of file; a sensor's own nonsense (below 0) is left out."""
     values = [int(text) for text in _texts([sample], part) if text.strip().isdigit()]
     return max(values) * scale if values else None
+
+
+def _governor_changes(samples: Sequence[EnvironmentSample]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    last: dict[str, str] = {}
+    for sample in samples:
+        for path, text in sample.files.items():
+            if "/cpufreq/scaling_governor" not in path or text is None:
+                continue
+            now = text.strip()
+            if last.setdefault(path, now) != now:
+                found[f"{last[path]} to {now}"] = None
+            last[path] = now
+    return tuple(found)
 
 
 def _rise(windows: Sequence[Window], path: str, pattern: str) -> float | None:

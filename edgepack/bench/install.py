@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def model_of(bundle: Bundle, installed: Installed, threads: int) -> ModelRef:
         files={role: f"{installed.bundle}/{path}" for role, path in manifest.model.files.items()},
         options=dict(manifest.runtime.options),
         threads=threads,
+        system=tuple(package.name for package in manifest.requires.packages),
         coded=None
         if coded is None
         else Coded(
@@ -147,14 +149,31 @@ def _upload(
         report = None if progress is None else _named(progress, path)
         offset = partial_bytes if partial_bytes <= size else 0
         if offset < size or size == 0:
-            transport.put(local, f"{place.blobs}/{digest}.part", offset=offset, progress=report)
+            with _blaming_the_disk(transport, runner, place, size):
+                transport.put(local, f"{place.blobs}/{digest}.part", offset=offset, progress=report)
         try:
             runner.accept(place.blobs, digest, size)
         except RunnerError as error:
             if error.failure != "corrupt" or offset == 0:
                 raise
-            transport.put(local, f"{place.blobs}/{digest}.part", progress=report)
+            with _blaming_the_disk(transport, runner, place, size):
+                transport.put(local, f"{place.blobs}/{digest}.part", progress=report)
             runner.accept(place.blobs, digest, size)
+
+
+@contextlib.contextmanager
+def _blaming_the_disk(transport: Transport, runner: RunnerClient, place: Place, size: int) -> Iterator[None]:
+    """SFTP has no word for a full disk (draft-ietf-secsh-filexfer-02, section 7, has `failure`): look there."""
+    try:
+        yield
+    except DeviceError as error:
+        free = runner.probe(folder=place.root).free_bytes
+        if free is None or free >= size:
+            raise
+        raise DeviceError(
+            f"{transport.name}: the disk got full: {free / 2**20:.1f} MiB free where {place.root} is, in the middle of "
+            f"a file of {size / 2**20:.1f}; free some, and run it again: what is there already is kept"
+        ) from error
 
 
 def _named(progress: UploadProgress, path: str) -> Callable[[int, int], None]:

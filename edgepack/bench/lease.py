@@ -49,6 +49,46 @@ def this_process(what: str) -> str:
     return f"{user}@{socket.gethostname()}, process {os.getpid()}: {what}"
 
 
+class Lease:
+    """A lease that is had, and renewed by a thread of its own."""
+
+    def __init__(self, channel: Channel, name: str, patience: float) -> None:
+        self._channel, self._name, self._patience = channel, name, patience
+        self._turn = threading.Lock()
+
+    def confirm(self) -> None:
+        """Raises DeviceError where it was lost: what was measured may have shared the device then."""
+        self._ask(b"confirm", "held")
+
+    def _ask(self, line: bytes, expected: str) -> None:
+        with self._turn:
+            with _losing(self._name):
+                self._channel.send(line)
+            if _answer(self._channel, self._name, ANSWER_S * self._patience).state != expected:
+                raise DeviceError(f"{self._name}: the lease process answered out of turn")
+
+    @contextlib.contextmanager
+    def kept(self, every_s: float) -> Iterator[None]:
+        """Renewed until the block ends, and given back where it ends well."""
+        over = threading.Event()
+
+        def renew() -> None:
+            # Where it cannot be renewed the end of the block finds out, by asking for the last answer.
+            with contextlib.suppress(DeviceError):
+                while not over.wait(every_s):
+                    with self._turn:
+                        self._channel.send(b"renew")
+
+        thread = threading.Thread(target=renew, name=f"lease of {self._name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        self._ask(b"end", "ended")
+
+
 @contextlib.contextmanager
 def leased(
     transport: Transport,
@@ -59,7 +99,7 @@ def leased(
     lease_s: float = LEASE_S,
     say: Callable[[str], None] = lambda _: None,
     now: Callable[[], datetime] = datetime.now,
-) -> Iterator[None]:
+) -> Iterator[Lease]:
     """Have the device for oneself until the block ends. `python` is its interpreter, `what` says what for.
 
     Raises DeviceError where another benchmark has it (without `wait`), and at the end where the lease was lost
@@ -71,12 +111,9 @@ def leased(
     channel = transport.open([python, "-I", "-S", "-c", LEASE_PATH.read_text(encoding="utf-8"), json.dumps(order)])
     try:
         _acquire(channel, transport.name, patience, wait=wait, say=say, now=now)
-        with _renewed(channel, transport.name, every_s=lease_s / RENEWALS):
-            yield
-        with _losing(transport.name):
-            channel.send(b"end")
-        if _answer(channel, transport.name, ANSWER_S * patience).state != "ended":
-            raise DeviceError(f"{transport.name}: the lease process answered out of turn")
+        lease = Lease(channel, transport.name, patience)
+        with lease.kept(every_s=lease_s / RENEWALS):
+            yield lease
     finally:
         channel.close()
 
@@ -126,23 +163,3 @@ def _losing(name: str) -> Iterator[None]:
         _, marked, said = str(error).rpartition("; its standard error ends:")
         why = said.strip().splitlines()[-1] if marked else "its process there ended, or the connection did"
         raise DeviceError(f"{name}: the lease on the device was lost, or is not to be had: {why}") from error
-
-
-@contextlib.contextmanager
-def _renewed(channel: Channel, name: str, *, every_s: float) -> Iterator[None]:
-    """Renew from a thread of its own, which alone uses the channel meanwhile."""
-    over = threading.Event()
-
-    def renew() -> None:
-        # Where it cannot be renewed the end of the block finds out, by asking for the last answer.
-        with contextlib.suppress(DeviceError):
-            while not over.wait(every_s):
-                channel.send(b"renew")
-
-    thread = threading.Thread(target=renew, name=f"lease of {name}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from edgepack.bench.contact import Interpreter, first_words
+from edgepack.bench.contact import CONTACT_TIMEOUT_S, Interpreter, first_words
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import Requires
 from edgepack.errors import UnsupportedError
 from edgepack.protocol import Probe
+from edgepack.spec.toolchain import SystemPackage
 from edgepack.transports.base import Transport
+
+ASK_PACKAGE = "import importlib, sys; print(importlib.import_module(sys.argv[1]).__version__)"
 
 PROBE_FILES = (
     "/proc/cpuinfo",
@@ -108,6 +111,8 @@ def make_contact(bundle: Bundle, transport: Transport) -> Contact:
     if not fitting:
         raise UnsupportedError(f"{transport.name}: {_python_is_wrong(requires, said.pythons, said.system)}")
     _check_libc(requires, transport.name, fitting[0].libc, said.system)
+    for package in requires.packages:
+        _check_package(package, transport, fitting[0].path)
     return Contact(machine=machine, python=fitting[0].path)
 
 
@@ -138,6 +143,20 @@ def _check_libc(requires: Requires, where: str, libc: str, system: str) -> None:
         raise UnsupportedError(
             f"{where}: C library {libc} on {system}; the runtime in the bundle needs glibc {requires.glibc}; "
             f"build it for this system with --os, or run {requires.os_name} on the device"
+        )
+
+
+def _check_package(package: SystemPackage, transport: Transport, python: str) -> None:
+    """Ask the device's Python for what the bundle does not bring; it has to load, not only to be there."""
+    argv = [python, "-I", "-c", ASK_PACKAGE, package.name]
+    done = transport.run(argv, timeout_s=CONTACT_TIMEOUT_S * (10 if transport.emulated else 1))
+    found = done.stdout.decode("utf-8", "replace").strip() if done.exit_code == 0 else None
+    if found is None or not package.takes(found):
+        last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"])[-1]
+        what = f"{package.name} {found}" if found else f"no {package.name} that loads ({last})"
+        raise UnsupportedError(
+            f"{transport.name}: {what} for {python}; the bundle needs {package}, which it does not bring, as there is "
+            f"no wheel of it for this machine: apt install {package.package}; nothing was installed"
         )
 
 

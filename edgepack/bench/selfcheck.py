@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgepack.bench.contact import Interpreter, first_words
+from edgepack.bench.contact import any_python
 from edgepack.bench.environment import SAMPLE_FILES
 from edgepack.bench.install import ROOT, place_runner
 from edgepack.bench.lease import leased
@@ -17,8 +17,6 @@ from edgepack.transports.base import Transport
 
 RUNS = 20_000
 NEGLIGIBLE = 0.01
-OLDEST = (3, 9)
-"""The oldest Python that the runner is written for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +46,7 @@ def self_check(
     """
     if transport.emulated:
         raise UnsupportedError(f"{transport.name}: is emulated: time means nothing there; give a real device")
-    python = _any_python(transport)
+    python = any_python(transport)
     with leased(transport, python.path, what="self-check", wait=wait, say=say):
         place = place_runner(transport, python.path, root=root)
         with RunnerClient.start(transport, python=python.path, runner=place.runner) as runner:
@@ -66,17 +64,3 @@ def self_check(
         sample_ms=sorted(times.sample_ns)[len(times.sample_ns) // 2] / 1e6,
         shortest_us=overhead.value / NEGLIGIBLE / 1e3,
     )
-
-
-def _any_python(transport: Transport) -> Interpreter:
-    """The newest that the device's PATH has."""
-    pythons = first_words(transport).pythons
-    newest = max(pythons, key=_numbers, default=None)
-    if newest is None or _numbers(newest) < OLDEST:
-        found = ", ".join(each.version for each in pythons) or "none"
-        raise UnsupportedError(f"{transport.name}: Python {found}; the runner needs 3.9 or newer: apt install python3")
-    return newest
-
-
-def _numbers(python: Interpreter) -> tuple[int, ...]:
-    return tuple(map(int, python.version.split(".")))

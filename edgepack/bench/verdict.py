@@ -181,11 +181,7 @@ def _of_environment(seen: Environment, *, on_cpu: bool) -> Iterator[Reason]:
     if seen.preemptions_per_s is not None and seen.preemptions_per_s > PREEMPTIONS_SUSPECT:
         text = f"{seen.preemptions_per_s:.0f} preemptions a second (limit {PREEMPTIONS_SUSPECT:.0f})"
         yield _suspect("preempted", text)
-    if seen.frequencies_mhz and min(seen.frequencies_mhz) < (1 - FREQUENCY_SUSPECT) * max(seen.frequencies_mhz):
-        low, high = min(seen.frequencies_mhz), max(seen.frequencies_mhz)
-        yield _suspect("frequency", f"the clock moved between {low:.0f} and {high:.0f} MHz")
-    if seen.temperatures_c and max(seen.temperatures_c) >= HOT_C:
-        yield _suspect("hot", f"{max(seen.temperatures_c):.0f} degrees C (limit {HOT_C:.0f})")
+    yield from _of_clock_and_heat(seen)
     if seen.memory_stalled_share is not None and seen.memory_stalled_share > MEMORY_STALLED_SUSPECT:
         yield _suspect("memory-pressure", f"tasks waited for memory {seen.memory_stalled_share:.1%} of the time")
     if seen.major_faults is not None and seen.major_faults > MAJOR_FAULTS_SUSPECT * seen.duration_s:
@@ -194,3 +190,13 @@ def _of_environment(seen: Environment, *, on_cpu: bool) -> Iterator[Reason]:
         yield _suspect("clock-step", f"the wall clock was moved by {seen.clock_step_ms:+.0f} ms during the run")
     if abs(seen.clock_drift_ppm) > CLOCK_DRIFT_PPM:
         yield _suspect("clock-drift", f"the clock ran {seen.clock_drift_ppm:+.0f} ppm against the raw one")
+
+
+def _of_clock_and_heat(seen: Environment) -> Iterator[Reason]:
+    if seen.frequencies_mhz and min(seen.frequencies_mhz) < (1 - FREQUENCY_SUSPECT) * max(seen.frequencies_mhz):
+        low, high = min(seen.frequencies_mhz), max(seen.frequencies_mhz)
+        yield _suspect("frequency", f"the clock moved between {low:.0f} and {high:.0f} MHz")
+    if seen.governor_changes:
+        yield _suspect("governor", f"the frequency governor was changed: {', '.join(seen.governor_changes)}")
+    if seen.temperatures_c and max(seen.temperatures_c) >= HOT_C:
+        yield _suspect("hot", f"{max(seen.temperatures_c):.0f} degrees C (limit {HOT_C:.0f})")

@@ -13,8 +13,10 @@ from typing import Protocol
 
 import onnx
 
+from edgepack.bench.contact import any_python
 from edgepack.bench.here import flags_here, missing_here
 from edgepack.bench.install import Place, install_bundle, model_of, place_runner
+from edgepack.bench.lease import Lease, leased
 from edgepack.bench.machine import PROBE_COMMANDS, PROBE_FILES, Contact, check_machine, make_contact, read_machine
 from edgepack.bench.ready import EMULATED_PATIENCE
 from edgepack.bench.versus import SpeedRatio, VersusOrder, compare_on
@@ -121,14 +123,26 @@ Pack = Callable[[Made, Path], Bundle]
 """Writes a bundle of a candidate that is not judged yet, for the device alone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgingDevice:
+    """A device of the target's kind, for accuracy and speed."""
+
+    transport: Transport
+    root: str
+    """Its folder for edgepack, as `bench` has it."""
+    wait: bool = False
+    """Wait for it where somebody else has it."""
+
+
 class OnDevice:
-    """A device of the target's kind: accuracy and speed are both its own, in its own kernels.
+    """A device of the target's kind, leased: accuracy and speed are both its own, in its own kernels.
 
     Raises DeviceError and UnsupportedError as `bench` does.
     """
 
-    def __init__(self, bench: Workbench, transport: Transport, pack: Pack, root: str) -> None:
-        self.bench, self.transport, self.pack, self.root = bench, transport, pack, root
+    def __init__(self, bench: Workbench, device: JudgingDevice, lease: Lease, pack: Pack) -> None:
+        transport = device.transport
+        self.bench, self.transport, self.lease, self.pack, self.root = bench, transport, lease, pack, device.root
         self.where = self.key = transport.name
         self.times = not transport.emulated
         self._contact: Contact | None = None
@@ -149,7 +163,8 @@ class OnDevice:
         place = self._place
         assert place is not None
         folder = f"{place.root}/exchange"
-        self.transport.run(["mkdir", "-p", folder])
+        # what a session left there that lost its connection is nobody's: this one has the lease
+        self.transport.run(["sh", "-c", 'rm -rf "$1" && mkdir -p "$1"', "sh", folder])
         with self.bench.store.workspace() as here, self._start() as client:
             session = RuntimeSession(
                 client,
@@ -157,6 +172,7 @@ class OnDevice:
                 lib=model.lib,
                 options={**made.plan.recipe.device_options},
                 folder=here,
+                system=model.system,
                 remote=Remote(transport=self.transport, folder=folder, coded=model.coded),
             )
             yield session, model
@@ -166,7 +182,7 @@ class OnDevice:
         place, contact = self._place, self._contact
         assert place is not None and contact is not None
         there = f"{place.blobs}/{inputs}"  # the golden inputs of both bundles are this very blob
-        return compare_on(
+        measured = compare_on(
             self.transport,
             first,
             second,
@@ -175,6 +191,8 @@ class OnDevice:
             inputs=there,
             order=VersusOrder(max_seconds=SPEED_SECONDS),
         )
+        self.lease.confirm()  # before anybody remembers it
+        return measured
 
     def _start(self) -> RunnerClient:
         assert self._contact is not None and self._place is not None
@@ -197,3 +215,11 @@ class OnDevice:
                 check_machine(bundle, read_machine(self.transport, self._contact, probe))
                 installed = install_bundle(bundle, self.transport, runner, place, say=self.bench.say)
         return model_of(bundle, installed, made.plan.target.bench.threads)
+
+
+@contextlib.contextmanager
+def on_device(bench: Workbench, device: JudgingDevice, pack: Pack, *, what: str) -> Iterator[OnDevice]:
+    """Have the device to judge with until the block ends; `what` tells others what for. Raises as `leased`."""
+    python = any_python(device.transport).path
+    with leased(device.transport, python, what=what, wait=device.wait, say=bench.say) as lease:
+        yield OnDevice(bench, device, lease, pack)

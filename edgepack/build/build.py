@@ -6,12 +6,12 @@ import contextlib
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import edgepack
-from edgepack.build.arena import Arena, Here, Made, OnDevice
+from edgepack.build.arena import Arena, Here, JudgingDevice, Made, on_device
 from edgepack.build.check import ensure_takes
 from edgepack.build.estimate import Profile, profile
 from edgepack.build.execute import Workbench, execute, model_files, steps_taken
@@ -46,7 +46,6 @@ from edgepack.spec.project import Objective
 from edgepack.spec.target import System, Target, load_target
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, digest_file, digest_json, storage_errors
-from edgepack.transports.base import Transport
 
 LEFT_OVER_S = 3600.0  # a bundle is written in seconds, to a slow network drive in minutes
 
@@ -63,10 +62,8 @@ class BuildOptions:
     """Measure and choose anew."""
     as_is: bool = False
     """Pack the model as it was given: it is quantised already."""
-    device: Transport | None = None
-    """A device of the target's kind that judges accuracy and speed; None: this machine does what it can."""
-    device_root: str = ""
-    """The device's folder for edgepack, as `bench` has it."""
+    device: JudgingDevice | None = None
+    """None: this machine judges what it can."""
     measure_speed: bool = True
     """False: never, also where this machine is of the target's kind."""
 
@@ -294,11 +291,11 @@ class _Job:
         if locked is not None:
             self._check_same(shipment, locked, lock)
         if judged:
-            judge = self._judge()
-            verdict = judge.gate(made, self.opened.evaluation)
-            raise_for(verdict_from(verdict))
-            _raise_for_robustness(robustness := judge.robustness(made, self.opened.evaluation))
-            shipment = replace(shipment, verdict=verdict, judged_in=judge.where(plan), robustness=robustness)
+            with self._judge() as judge:
+                verdict = judge.gate(made, self.opened.evaluation)
+                raise_for(verdict_from(verdict))
+                _raise_for_robustness(robustness := judge.robustness(made, self.opened.evaluation))
+                shipment = replace(shipment, verdict=verdict, judged_in=judge.where(plan), robustness=robustness)
         return self._ship(shipment, path, key=plan.key, candidate={}, lock=(lock, name), found=found)
 
     def _lock_name(self, plan: BuildPlan, suffix: str) -> str:
@@ -328,23 +325,33 @@ class _Job:
             golden=golden(made, self.opened, self.bench),
         )
 
-    def _judge(self) -> Judge:
-        return Judge(opened=self.opened, bench=self.bench, arena=self._arena(), fresh=self.options.relock)
+    @contextlib.contextmanager
+    def _judge(self) -> Iterator[Judge]:
+        """With a device, it is had until the block ends."""
+        with self._arena() as arena:
+            yield Judge(opened=self.opened, bench=self.bench, arena=arena, fresh=self.options.relock)
 
-    def _arena(self) -> Arena:
+    @contextlib.contextmanager
+    def _arena(self) -> Iterator[Arena]:
         if self.options.device is None:
             here = Here(self.bench, self.target)
             here.times = here.times and self.options.measure_speed
-            return here
-        return OnDevice(self.bench, self.options.device, self._pack_for_device, self.options.device_root)
+            yield here
+            return
+        what = f"build of {self._path('').name}"
+        with on_device(self.bench, self.options.device, self._pack_for_device, what=what) as arena:
+            yield arena
 
     def _pack_for_device(self, made: Made, path: Path) -> Bundle:
         return pack(self._shipment(made), self.opened, path, self.bench)
 
     def _search(self, plans: Sequence[BuildPlan]) -> tuple[Shipment, dict[str, Json]]:
         """Find the best candidate and gate it, once, on samples that had no part in choosing it."""
+        with self._judge() as judge:
+            return self._search_with(judge, plans)
+
+    def _search_with(self, judge: Judge, plans: Sequence[BuildPlan]) -> tuple[Shipment, dict[str, Json]]:
         opened, search = self.opened, self.opened.project.search
-        judge = self._judge()
         baseline = self._make(self.plan(self.baseline()))
         chooses, gates = split(opened.evaluation, search.seed) if len(plans) > 1 else (None, opened.evaluation)
         setting = Setting(

@@ -47,6 +47,11 @@ class Candidate:
         return self.plan.recipe.name
 
     @property
+    def is_static(self) -> bool:
+        """Whether it computes in integers whose ranges were fixed beforehand, in onnxruntime."""
+        return any(use.name == "quantise-static" for use in self.plan.recipe.passes)
+
+    @property
     def arithmetic(self) -> tuple[str, str, float]:
         """Equal for candidates that differ in their numbers alone, and so take the same time."""
         return self.plan.recipe.runtime, self.plan.recipe.precision, self.expected.time

@@ -25,7 +25,8 @@ from edgepack.passes import PASSES
 from edgepack.passes.contract import PassContext
 from edgepack.protocol import RUNNER_PATH, RunnerClient
 from edgepack.runtimes.converter import call_converter
-from edgepack.runtimes.environment import environment, host_python
+from edgepack.runtimes.environment import host_python
+from edgepack.runtimes.installation import require
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, StepRecord, Store, storage_errors
 from edgepack.transports.local import LocalTransport
@@ -39,6 +40,8 @@ class Workbench:
 
     store: Store
     say: Say
+    install_toolchains: bool = False
+    """Fetch also what is so large that a build asks first."""
 
     def host_pin(self, toolchain: str, version: str | None = None) -> Pin:
         """The wheels of a toolchain for this machine. Raises UnsupportedError."""
@@ -49,8 +52,10 @@ class Workbench:
             raise UnsupportedError(f"this machine cannot do its part of the build: {error}") from error
 
     def lib(self, toolchain: str, version: str | None = None) -> Path:
-        """The folder with those wheels, fetched and unpacked where it was not there."""
-        return environment(self.host_pin(toolchain, version).wheels, self.store.folder, say=self.say)
+        """The folder with those wheels, fetched and unpacked where it was not there. Raises ToolchainError."""
+        pin = self.host_pin(toolchain, version)
+        found = load_toolchain(toolchain)
+        return require(found, pin, self.store.folder, install_heavy=self.install_toolchains, say=self.say)
 
     @contextlib.contextmanager
     def session(self, runtime: str, version: str | None, options: Mapping[str, Json]) -> Iterator[RuntimeSession]:
@@ -132,7 +137,16 @@ def bytes_of(record: StepRecord, store: Store) -> int:
     return sum(store.blob_path(digest).stat().st_size for digest in travels)
 
 
-ROLES = {".onnx": "model", ".xml": "model", ".bin": "weights", ".blob": "blob", ".npz": "integers", ".json": "ranges"}
+ROLES = {
+    ".onnx": "model",
+    ".xml": "model",
+    ".tflite": "model",
+    ".bin": "weights",
+    ".blob": "blob",
+    ".layout": "layout",
+    ".npz": "integers",
+    ".json": "ranges",
+}
 """Of a step's files, by suffix."""
 
 
@@ -165,6 +179,7 @@ def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Pa
             feeds=feeds,
             found=found,
             store=bench.store,
+            install_heavy=bench.install_toolchains,
             say=bench.say,
         )
     return {"model": path}

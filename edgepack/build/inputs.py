@@ -42,6 +42,8 @@ class OpenProject:
     """Relative paths of the project start here."""
     store: Store
     say: Callable[[str], None] = _quiet
+    install_toolchains: bool = False
+    """Fetch also what is so large that a build asks first."""
 
     @cached_property
     def model_path(self) -> Path:
@@ -53,7 +55,8 @@ class OpenProject:
         """The model as ONNX; one of TensorFlow is converted when this is first asked for."""
         from edgepack.build.tensorflow import onnx_of
 
-        return onnx_of(self.model_path, self.project.signature, self.store, self.say)
+        signature, heavy = self.project.signature, self.install_toolchains
+        return onnx_of(self.model_path, signature, self.store, self.say, install_heavy=heavy)
 
     @property
     def target_names(self) -> list[str]:
@@ -183,13 +186,19 @@ def _same_samples(one: DataSet, other: DataSet) -> bool:
 
 
 def open_project(
-    path: Path, store: Store, *, model: Path | None = None, say: Callable[[str], None] = _quiet
+    path: Path,
+    store: Store,
+    *,
+    model: Path | None = None,
+    say: Callable[[str], None] = _quiet,
+    install_toolchains: bool = False,
 ) -> OpenProject:
     """The project in the file `path`; `model` stands in for the one it names. Raises InputError."""
     project = load_project(path)
     if model is not None:
         project = project.model_copy(update={"model": str(model.absolute())})
-    return OpenProject(project=project, root=path.absolute().parent, store=store, say=say)
+    root = path.absolute().parent
+    return OpenProject(project=project, root=root, store=store, say=say, install_toolchains=install_toolchains)
 
 
 def _as_json(spec: TensorSpec) -> dict[str, Json]:

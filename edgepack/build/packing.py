@@ -36,7 +36,7 @@ from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.target import Target
 from edgepack.spec.tensor import TensorSpec
-from edgepack.spec.toolchain import load_toolchain
+from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, StepRecord, canonical_json, digest_json
 
 INTEGER_SQNR_DB, FLOAT_SQNR_DB = 20.0, 50.0
@@ -91,7 +91,7 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
         )
         expanded = file_entries({role: plain[role] for role in coded})
         try:
-            manifest = _manifest(shipment, opened, parts, expanded, pin.glibc)
+            manifest = _manifest(shipment, opened, parts, expanded, pin)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -121,7 +121,7 @@ def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
 
 
 def _manifest(
-    shipment: Shipment, opened: OpenProject, parts: Parts, expanded: dict[str, m.FileEntry], glibc: str
+    shipment: Shipment, opened: OpenProject, parts: Parts, expanded: dict[str, m.FileEntry], pin: Pin
 ) -> m.Manifest:
     """`expanded`: of the model's coded files, by role, what each becomes."""
     plan = shipment.plan
@@ -139,7 +139,8 @@ def _manifest(
             os_name=plan.system.name,
             os_ids=tuple(m.OsId(id=each.id, version_id=each.version_id) for each in plan.system.ids),
             python=plan.system.python,
-            glibc=glibc,
+            glibc=pin.glibc,
+            packages=load_toolchain(plan.recipe.runtime).system_packages(pin),
         ),
         model=m.ModelPart(
             files=paths,
@@ -151,6 +152,7 @@ def _manifest(
             source_bytes=opened.interface.source_bytes,
             inputs=tuple(_tensor(spec) for spec in opened.interface.inputs),
             outputs=tuple(_tensor(spec) for spec in opened.interface.outputs),
+            layout=_layout(parts),
             preprocess=preprocess.model_dump(mode="json") if preprocess else None,
             blob=_blob(parts),
         ),
@@ -190,6 +192,11 @@ def _manifest(
         runner=RUNNER,
         files=entries,
     )
+
+
+def _layout(parts: Parts) -> m.Layout | None:
+    path = parts.model.get("layout")
+    return None if path is None else m.Layout.model_validate_json(path.read_bytes())
 
 
 def _golden_samples(parts: Parts) -> int:

@@ -29,8 +29,9 @@ from edgepack.bundle.pack import MIB
 from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnresolvedError, UnsupportedError
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.gate import can_be_proved
+from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe, is_static_onnx, narrowed, price_of, priced
+from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -119,7 +120,7 @@ class _Search:
         for plan in setting.plans:
             self._add(plan, base=plan.recipe.name)
         proposed = list(self.candidates)
-        last_static = max((place for place, c in enumerate(proposed) if is_static_onnx(c.plan.recipe)), default=None)
+        last_static = max((place for place, c in enumerate(proposed) if c.is_static), default=None)
         for place, candidate in enumerate(proposed):
             self._try(candidate)
             if place == last_static:
@@ -182,6 +183,9 @@ class _Search:
         except UnsupportedError as error:
             candidate.outcome, candidate.reason = "dropped", str(error)
             return False
+        except ModelDoesNotRunError as error:
+            self._refused(candidate, error)
+            return False
         except PassDefect as error:
             candidate.outcome, candidate.reason = "failed", f"a defect of edgepack: {error}"
             judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} failed: {candidate.reason}")
@@ -200,7 +204,11 @@ class _Search:
             return
         judge.bench.say(f"{candidate.plan.target.name}: trying {candidate.name} ({candidate.plan.recipe.why})")
         made = Made(plan=candidate.plan, record=candidate.record)
-        seen = judge.select(made, setting.selection, gate_samples=setting.gate_samples)
+        try:
+            seen = judge.select(made, setting.selection, gate_samples=setting.gate_samples)
+        except ModelDoesNotRunError as error:
+            self._refused(candidate, error)
+            return
         verdict = candidate.selection = seen.verdict
         candidate.stopped_early, candidate.foreseen_worst = seen.stopped_early, seen.foreseen_worst
         candidate.chance, candidate.drift = seen.chance, seen.drift
@@ -212,6 +220,11 @@ class _Search:
                 f"drop {verdict.drop:.4g} on the samples that choose, limit {verdict.max_drop:g}: "
                 f"the gate would pass it with a chance of {candidate.chance:.0%}"
             )
+
+    def _refused(self, candidate: Candidate, error: ModelDoesNotRunError) -> None:
+        """The runtime that ships does not take it: no loss but of this candidate, unlike the user's own model."""
+        candidate.outcome, candidate.reason = "dropped", str(error)
+        self.setting.judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} does not run: {error}")
 
     def _holds(self, candidate: Candidate) -> bool:
         """Whether the gate would pass it; where no candidate can be proved, whether it is not missed."""
@@ -260,7 +273,7 @@ class _Search:
     def _narrow(self) -> None:
         """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
         bytes. At half its price of a bit: what is left has less to spare."""
-        best = next((c for c in self._holding() if is_static_onnx(c.plan.recipe)), None)
+        best = next((c for c in self._holding() if c.is_static), None)
         if self.setting.search.objective == "size" or best is None:
             return
         price = price_of(best.plan.recipe)
@@ -278,10 +291,10 @@ class _Search:
         """
         judge = self.setting.judge
         hopeless = not (self._accepts_unresolved or self._can_resolve())
-        if any(is_static_onnx(c.plan.recipe) for c in self._holding()) or hopeless or self._spent():
+        if any(c.is_static for c in self._holding()) or hopeless or self._spent():
             return
-        tried = [c for c in self.candidates if c.selection is not None and is_static_onnx(c.plan.recipe)]
-        tried = [c for c in tried if not c.plan.recipe.emulate_saturation]  # probes run here, where nothing saturates
+        # saturation is the target's, and probes run here
+        tried = [c for c in self.candidates if c.is_static and c.selection and not c.plan.recipe.emulate_saturation]
         base = min(tried, key=lambda c: (-c.chance, c.foreseen_worst), default=None)
         if base is None or self._beaten_by(base) is not None:
             return

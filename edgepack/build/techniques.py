@@ -28,6 +28,9 @@ from edgepack.store import Json
 ROBUSTNESS_SAMPLES = 200
 """For each corruption and severity."""
 
+CONVERSIONS = {"openvino": "convert-openvino", "litert": "convert-litert", "tflite-runtime": "convert-litert"}
+"""The pass behind which a runtime's own techniques stand."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TechniqueRow:
@@ -76,9 +79,12 @@ def techniques(target: Target) -> tuple[tuple[Recipe, bool], ...]:
     """
     base = baseline_recipe(target)
     before = {use.name for use in base.passes}
+    converts = CONVERSIONS.get(runtime_of(target))
     found: list[tuple[Recipe, bool]] = [(base, False)]
     for name, each in PASSES.items():
-        fits = ("convert-openvino" in each.technique) == (runtime_of(target) == "openvino")
+        fits = {part for part in each.technique if part in CONVERSIONS.values()} <= {converts} and (
+            converts is None or converts in each.technique
+        )
         if not each.technique or not fits or set(each.technique) <= before:
             continue
         chain = tuple(Use(name=part) for part in each.technique if part not in before)
@@ -90,7 +96,7 @@ def techniques(target: Target) -> tuple[tuple[Recipe, bool], ...]:
 
 
 def _precision(chain: tuple[str, ...]) -> Precision:
-    if "quantise-static" in chain or "quantise-nncf" in chain:
+    if {"quantise-static", "quantise-nncf", "quantise-litert"} & set(chain):
         return "int8"
     single: dict[str, Precision] = {
         "quantise-dynamic": "int8-dynamic",

@@ -13,7 +13,8 @@ from edgepack.errors import InputError, ToolchainError, UnsupportedError
 from edgepack.graph.npz import npz_bytes
 from edgepack.passes.same_function import relative_error
 from edgepack.runtimes.converter import SCRIPT_OF, SCRIPTS, call_converter
-from edgepack.runtimes.environment import environment, host_python
+from edgepack.runtimes.environment import host_python
+from edgepack.runtimes.installation import require
 from edgepack.spec.toolchain import Pin, load_toolchain
 from edgepack.store import Json, StepRecord, Store, digest_file, digest_json, storage_errors
 
@@ -59,7 +60,7 @@ def digest_tensorflow(path: Path) -> str:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
 
-def convert(path: Path, signature: str | None, store: Store, say: Say) -> Converted:
+def convert(path: Path, signature: str | None, store: Store, say: Say, *, install_heavy: bool = False) -> Converted:
     """The model at `path` as ONNX; done once for the same files, signature and toolchain.
 
     Raises InputError (no such file, no signature, one that is not there), UnsupportedError (an operator without a
@@ -83,24 +84,33 @@ def convert(path: Path, signature: str | None, store: Store, say: Say) -> Conver
         say(f"{path}: converting to ONNX with TensorFlow and tf2onnx")
         with store.workspace() as folder:
             out = folder / "model.onnx"
-            answer = _call({"verb": "convert", "output": str(out), "opset": OPSET}, path, signature, store, say)
+            request: dict[str, Json] = {"verb": "convert", "output": str(out), "opset": OPSET}
+            lib = _lib(store, say, install_heavy=install_heavy)
+            answer = _call(request, path, signature, lib)
             with storage_errors(out):
                 record = StepRecord(files={"model.onnx": store.put_file(out)}, facts=answer)
         store.record(key, record)
     return Converted(onnx=store.blob_path(record.files["model.onnx"]), signature=str(record.facts["signature"]))
 
 
-def onnx_of(path: Path, signature: str | None, store: Store, say: Say) -> Path:
+def onnx_of(path: Path, signature: str | None, store: Store, say: Say, *, install_heavy: bool = False) -> Path:
     """The ONNX file that a model's path stands for: itself, or what it was converted to. Raises as `convert` does."""
     if is_tensorflow(path):
-        return convert(path, signature, store, say).onnx
+        return convert(path, signature, store, say, install_heavy=install_heavy).onnx
     if signature is not None:
         raise InputError(f"{path}: signature '{signature}': only a SavedModel has signatures; leave it out")
     return path
 
 
 def prove(
-    path: Path, signature: str | None, *, feeds: Sequence[Feed], found: Sequence[Feed], store: Store, say: Say
+    path: Path,
+    signature: str | None,
+    *,
+    feeds: Sequence[Feed],
+    found: Sequence[Feed],
+    store: Store,
+    say: Say,
+    install_heavy: bool = False,
 ) -> None:
     """Compare `found`, the ONNX model's outputs for `feeds`, with TensorFlow's own. Raises ToolchainError."""
     say(f"{path}: comparing its conversion with TensorFlow on {len(feeds)} samples")
@@ -111,7 +121,7 @@ def prove(
             with storage_errors(source):
                 source.write_bytes(npz_bytes(feed))
         request: dict[str, Json] = {"verb": "run", "feeds": [*map(str, sources)], "outputs": [*map(str, targets)]}
-        _call(request, path, signature, store, say)
+        _call(request, path, signature, _lib(store, say, install_heavy=install_heavy))
         for target, other in zip(targets, found, strict=True):
             with np.load(target, allow_pickle=False) as expected:
                 for name in expected.files:
@@ -138,6 +148,9 @@ def _pin() -> Pin:
         ) from error
 
 
-def _call(request: dict[str, Json], path: Path, signature: str | None, store: Store, say: Say) -> dict[str, Json]:
-    lib = environment(_pin().wheels, store.folder, say=say)
+def _lib(store: Store, say: Say, *, install_heavy: bool) -> Path:
+    return require(load_toolchain(TOOLCHAIN), _pin(), store.folder, install_heavy=install_heavy, say=say)
+
+
+def _call(request: dict[str, Json], path: Path, signature: str | None, lib: Path) -> dict[str, Json]:
     return call_converter(TOOLCHAIN, lib, {**request, "model": str(path.absolute()), "signature": signature or ""})

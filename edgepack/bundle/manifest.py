@@ -14,6 +14,7 @@ import pydantic
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgepack.errors import VerificationError
+from edgepack.spec.toolchain import SystemPackage
 from edgepack.store import Json, canonical_json, digest_json
 
 SCHEMA = 1
@@ -30,6 +31,7 @@ MAX_RUNS = 1_000_000  # the runner's own limit (MAX_SAMPLES)
 MAX_SECONDS = 86_400.0
 MAX_THREADS = 1024
 MAX_SAMPLES = 4096
+MAX_PORTS = 4096  # inputs or outputs of a model
 MAX_MIB = 1 << 24
 MAX_MS = 86_400_000.0
 
@@ -46,6 +48,7 @@ Line = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){1,3}$")]
 Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+Axes = Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_BYTES)], ...], Field(max_length=64)]
 Facts = dict[str, pydantic.JsonValue]
 
 
@@ -84,6 +87,8 @@ class Requires(Part):
     python: Version
     glibc: Version
     """Of the runtime's libraries: the oldest that loads them."""
+    packages: Annotated[tuple[SystemPackage, ...], Field(max_length=16)] = ()
+    """What the bundle does not bring, and the device's own system has to."""
 
 
 class TensorPart(Part):
@@ -103,6 +108,27 @@ class BlobPart(Part):
     openvino: Line
 
 
+class PortLayout(Part):
+    """How one input or output of a model in another layout is that of the user's model.
+
+    An input is transposed by `permutation` (null: as it is) and reshaped to `model_shape`; an output the other way
+    round. The device runner does it, so that every bundle of a model takes and gives the same arrays.
+    """
+
+    name: Line
+    dtype: Name
+    shape: Axes
+    position: Annotated[int, Field(ge=0, lt=MAX_PORTS)]
+    """Among the inputs or outputs of the model in the bundle."""
+    model_shape: Axes
+    permutation: Axes | None
+
+
+class Layout(Part):
+    inputs: Annotated[tuple[PortLayout, ...], Field(max_length=MAX_PORTS)]
+    outputs: Annotated[tuple[PortLayout, ...], Field(max_length=MAX_PORTS)]
+
+
 class CodedPart(Part):
     """Files of the model that travel entropy-coded (docs/coding.md)."""
 
@@ -114,9 +140,10 @@ class CodedPart(Part):
 
 class ModelPart(Part):
     files: dict[str, str]
-    """Path in the bundle by role: `model`, `weights` where the format keeps them apart, `blob` for an NPU."""
+    """Path in the bundle by role: `model`; `weights` where the format keeps them apart; `blob` for an NPU; `layout` for
+    `tflite`."""
     coded: CodedPart | None = None
-    format: Literal["onnx", "openvino-ir"]
+    format: Literal["onnx", "openvino-ir", "tflite"]
     precision: Literal[
         "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16-weights", "bf16", "fp16", "fp32", "as-is"
     ]
@@ -127,6 +154,8 @@ class ModelPart(Part):
     source_bytes: Bytes
     inputs: tuple[TensorPart, ...]
     outputs: tuple[TensorPart, ...]
+    layout: Layout | None = None
+    """What the file of that role says; None where inputs and outputs are as in the user's model."""
     preprocess: Facts | None = None
     blob: BlobPart | None = None
     """Of `files["blob"]`; the model beside it is what it was compiled from, and the fallback."""

@@ -12,8 +12,8 @@ import typer
 from edgepack.cli.output import JsonFlag, say, show_json
 
 if TYPE_CHECKING:
+    from edgepack.build.arena import JudgingDevice
     from edgepack.build.inputs import OpenProject
-    from edgepack.transports.base import Transport
 
 ModelArgument = Annotated[Path | None, typer.Argument(help="A model, instead of the one that the project names.")]
 TargetOption = Annotated[
@@ -51,6 +51,7 @@ def build(
         ),
     ] = None,
     inventory: Annotated[Path | None, typer.Option("--inventory", help="The devices.toml to look names up in.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that somebody else has.")] = False,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also pack the fp32 model, as NAME-TARGET.fp32.edgepack.")
     ] = False,
@@ -68,6 +69,9 @@ def build(
         Path | None,
         typer.Option("--report", help="Write an HTML page: the front, all candidates, sensitivity, gates."),
     ] = None,
+    install_toolchains: Annotated[
+        bool, typer.Option("--install-toolchains", help="Fetch also toolchains so large that a build asks first.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what may be tried, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -96,7 +100,7 @@ def build(
 
     store = Store(cache_folder())
     opened = _adjusted(
-        open_project(project, store, model=model, say=say),
+        open_project(project, store, model=model, say=say, install_toolchains=install_toolchains),
         accept_unresolved=accept_unresolved,
         search={
             "objective": objective,
@@ -110,6 +114,8 @@ def build(
         raise UsageError(f"no target: give --target, or targets = [...] in {project} (`edgepack targets list`)")
     if device not in (None, "none", "local") and len(names) > 1:
         raise UsageError(f"--device {device}: judges one target; give one --target, not {len(names)}")
+    if wait and device in (None, "none", "local"):
+        raise UsageError("--wait: waits for the device of --device, and there is none")
     if as_is and (baseline or device is not None or explain or report_file is not None):
         raise UsageError(
             "--as-is: nothing is searched, and there is no fp32 form to be compared with; leave out --baseline, "
@@ -119,10 +125,8 @@ def build(
         from edgepack.report.svg import require_plotting
 
         require_plotting()
-    bench = Workbench(store=store, say=say)
-    with _device(device, inventory) as transport:
-        from edgepack.bench.install import ROOT
-
+    bench = Workbench(store=store, say=say, install_toolchains=install_toolchains)
+    with _device(device, inventory, wait=wait) as judging:
         options = BuildOptions(
             project_file=project,
             output=output,
@@ -130,8 +134,7 @@ def build(
             baseline=baseline,
             relock=update_lock,
             as_is=as_is,
-            device=transport,
-            device_root=ROOT,
+            device=judging,
             measure_speed=device != "none",
         )
         if dry_run:
@@ -163,19 +166,17 @@ def build(
 
 
 @contextlib.contextmanager
-def _device(spec: str | None, inventory: Path | None) -> Iterator[Transport | None]:
+def _device(spec: str | None, inventory: Path | None, *, wait: bool) -> Iterator[JudgingDevice | None]:
     """The device that judges; None where it is this machine, or nobody."""
     if spec in (None, "none", "local"):
         yield None
         return
-    from edgepack.transports.resolve import open_transport
+    from edgepack.bench.member import Reach, device_root, reached
+    from edgepack.build.arena import JudgingDevice
 
     assert spec is not None
-    transport = open_transport(spec, inventory_path=inventory, say=say)
-    try:
-        yield transport
-    finally:
-        transport.close()
+    with reached(spec, Reach(inventory=inventory), say=say) as transport:
+        yield JudgingDevice(transport=transport, root=device_root(spec), wait=wait)
 
 
 def _adjusted(opened: OpenProject, *, accept_unresolved: bool, search: dict[str, object]) -> OpenProject:

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from edgepack import __version__
-from edgepack.cli import bench, build, bundle, check, device, export, history, init, report, targets, techniques
+from edgepack.cli import (
+    bench,
+    build,
+    bundle,
+    check,
+    device,
+    export,
+    history,
+    init,
+    report,
+    targets,
+    techniques,
+    toolchain,
+)
 
 EXIT_CODES = """Exit codes: 0 success, 1 several targets or devices failed, each for its own reason, 2 usage, 3 bad
 input, 4 unsupported on this target or device, 5 gate or budget missed, 6 gate unresolved (too few samples), 7 device
@@ -26,8 +39,10 @@ app.command("build")(build.build)
 app.command("compare-techniques")(techniques.compare_techniques)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
+app.command("doctor")(toolchain.doctor)
 app.command("export")(export.export)
 app.add_typer(targets.app, name="targets")
+app.add_typer(toolchain.app, name="toolchain")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(device.app, name="device")
 app.add_typer(history.app, name="history")

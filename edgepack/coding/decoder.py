@@ -191,7 +191,8 @@ class _Lanes:
 
 def _slots(tables: NDArray[np.int64]) -> Tuple[Bytes, NDArray[np.uint32], NDArray[np.uint32]]:
     """By context and slot: the symbol, its frequency, and what is added to frequency times state."""
-    symbols = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8), table) for table in tables])
+    counts = tables.astype(np.intp)  # repeat takes no int64 on a 32-bit machine
+    symbols = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8), each) for each in counts])
     contexts = np.repeat(np.arange(len(tables)), TOTAL)
     before = np.cumsum(tables, axis=1) - tables
     offset = np.tile(np.arange(TOTAL), len(tables)) - before[contexts, symbols]

@@ -7,7 +7,7 @@ Started as `python3 -I -S -c TEXT ORDER` (Python 3.9 or newer). ORDER is one JSO
 It writes one JSON document a line:
 
     {"state": "busy", "holder": text, "held_s": seconds|null, "ahead": number of others who wait, "pid": p, "uid": u}
-    {"state": "held"}
+    {"state": "held"}       also the answer to the line `confirm`
     {"state": "ended"}      the answer to the line `end`: the lease was held until then
 
 Without "wait" it ends after `busy`. With it, `busy` comes once for each holder, and `held` when it is its turn.
@@ -123,6 +123,8 @@ def hold(server: socket.socket, text: str, lease_s: float) -> None:
                 say("ended")
                 return
             renewed = time.monotonic()
+            if b"confirm\n" in line:
+                say("held")
         if server in ready:
             other, _ = server.accept()
             answer = {"holder": text, "held_s": time.monotonic() - began, "ahead": len(others)}

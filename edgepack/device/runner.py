@@ -4,7 +4,7 @@ Started as `python3 -I -S runner.py` (Python 3.9 or newer; neither site-packages
 exist for it). It reads one JSON document a line on standard input and answers each with one JSON
 document a line on standard output. At the end of its input, or at SIGTERM, it ends at once, whatever
 it was doing. One file on purpose, and longer than our modules are: it is copied to a device and run there
-alone, so everything that acts on a device (installing, two runtimes, reading, timing) has to stand in it.
+alone, so everything that acts on a device (installing, the runtimes, reading, timing) has to stand in it.
 
     request   {"id": 1, "verb": "probe", ...}
     answer    {"id": 1, "ok": true, "result": {...}}
@@ -27,12 +27,18 @@ install  {root, blobs, manifest: sha256} -> {bundle: path, lib: path}
          Lays out root/bundles/MANIFEST and root/runtimes/DIGEST from the blobs; what is there and whole is kept.
          Of manifest.json it reads files: {path: {sha256, bytes}} and runtime.wheels: [path].
 
-MODEL is {runtime: "onnxruntime"|"openvino", lib: folder, files: {model: path, weights: path, blob: path}, options: {},
-threads: n, coded: CODED|null}; files as the format has them. CODED is {decoder: path, files: {role: {sha256, bytes}}}:
-those files are coded; the decoder (decoder.py of the bundle) expands them in memory before the runtime sees them.
-options: onnxruntime allow_spinning (bool), arena (bool); openvino device ("CPU"), precision ("f32"). It stays loaded
-between requests. All models of one process come from one lib folder: another one needs another process. Arrays travel
-as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
+MODEL is {runtime: "onnxruntime"|"openvino"|"litert"|"tflite-runtime", lib: folder, files: {model: path, ...},
+options: {}, threads: n, system: [name], coded: CODED|null}. files: openvino has weights and blob too, the last two
+layout. CODED is {decoder: path, files: {role: {sha256, bytes}}}: those files are coded; the decoder (decoder.py of the
+bundle) expands them in memory before the runtime sees them.
+options: onnxruntime allow_spinning (bool), arena (bool); openvino device ("CPU"), precision ("f32"); litert and
+tflite-runtime xnnpack (bool). system names packages that the device's own Python has to bring (numpy where there is
+no wheel of it). A model stays loaded between requests. All models of one process come from one lib folder: another
+one needs another process. A layout file says how a LiteRT model's inputs and outputs are laid out:
+    {"inputs": [{name, dtype, shape, position, model_shape, permutation: [axis]|null}], "outputs": [...]}
+An input goes in transposed by its permutation, reshaped to model_shape, at its position; an output comes out at its
+position and is reshaped, then transposed to shape. Turning inputs is timed, turning outputs back is not.
+Arrays travel as .npz files. "Stacked" arrays are [n, ...shape of one feed...].
 
 LOADED, in the results below, is {source: "model"|"blob", note: text|null, driver: text|null}: what was loaded. A blob
 is used on an NPU only. Where its driver refuses it, the model beside it is compiled there, and note says why.
@@ -106,6 +112,7 @@ from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
 MAX_LINE_BYTES = 16 << 20  # one request
 MAX_TEXT_BYTES = 1 << 20  # one file read for the host: /proc/cpuinfo of 256 processors fits
 COMMAND_TIMEOUT_S = 5.0
+PYTHON_TIMEOUT_S = 60.0  # to start it anew, on an emulated board
 MAX_SAMPLES = 1_000_000  # of one bench; 16 bytes each while it runs
 MAX_STREAMS = 256
 MAX_PROFILED = 10_000  # runs; a profile keeps every operator of each until its end
@@ -138,7 +145,10 @@ try:
             problem = "%s: stays %s" % (path, read(path))
 except OSError as error:
     problem = "%s: cannot be set to %s: %s" % (path, value, error.strerror)
-print(json.dumps([before, problem]), flush=True)
+try:
+    print(json.dumps([before, problem]), flush=True)
+except OSError:
+    problem = "who asked for it is gone"
 if problem is None:
     sys.stdin.read()
 for path, text in before.items():
@@ -213,11 +223,11 @@ def expand(patterns: List[str]) -> List[str]:
     return found
 
 
-def run_command(argv: List[str]) -> Optional[Dict[str, Any]]:
+def run_command(argv: List[str], timeout_s: float = COMMAND_TIMEOUT_S) -> Optional[Dict[str, Any]]:
     environment = dict(os.environ, LC_ALL="C", PATH=os.environ.get("PATH", "") + ":" + SYSTEM_PATH)
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT_S, env=environment, check=False
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, env=environment, check=False
         )
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
@@ -469,6 +479,7 @@ def compare(expected: Any, found: Any) -> Dict[str, Any]:
 
 
 class OnnxRuntime:
+    MODULE = "onnxruntime"
     OPTIONS: ClassVar[Dict[str, Any]] = {"allow_spinning": True, "arena": True}
 
     def __init__(self, files: Dict[str, str], options: Dict[str, Any], threads: int) -> None:
@@ -504,6 +515,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
+    MODULE = "openvino"
     OPTIONS: ClassVar[Dict[str, Any]] = {"device": "CPU", "precision": "f32"}
     MORE: ClassVar[Dict[str, Any]] = {}
 
@@ -619,7 +631,139 @@ def quantised_products(network: Any) -> List[Dict[str, str]]:
     ]
 
 
-RUNTIMES: Dict[str, Any] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+class LiteRt:
+    MODULE = "ai_edge_litert.interpreter"
+    OPTIONS: ClassVar[Dict[str, Any]] = {"xnnpack": True}
+
+    def __init__(self, files: Dict[str, str], options: Dict[str, Any], threads: int) -> None:
+        module = sys.modules[self.MODULE]
+        resolvers = module.OpResolverType
+        resolver = resolvers.AUTO if options["xnnpack"] else resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        self.interpreter = module.Interpreter(
+            model_path=files["model"], num_threads=threads, experimental_op_resolver_type=resolver
+        )
+        self.interpreter.allocate_tensors()
+        details = {"inputs": self.interpreter.get_input_details(), "outputs": self.interpreter.get_output_details()}
+        layout = read_layout(files["layout"], details) if "layout" in files else plain_layout(details)
+        self.feeds = {port["name"]: port for port in layout["inputs"]}
+        self.gives = {port["name"]: port for port in layout["outputs"]}
+        self.inputs = {name: port["dtype"] for name, port in self.feeds.items()}
+        self.outputs = list(self.gives)
+        self.places = [detail["index"] for detail in details["outputs"]]
+
+    def knows(self, name: str) -> bool:
+        return name in self.gives
+
+    def prepare(self, feed: Arrays) -> Any:
+        ready = []
+        for name, value in feed.items():
+            port = self.feeds[name]
+            if list(value.shape) != port["shape"]:
+                shapes = (name, list(value.shape), port["shape"])
+                raise Refused("bad-request", "the input %s has shape %s; the model takes %s" % shapes)
+            turned = value if port["permutation"] is None else value.transpose(port["permutation"])
+            if list(turned.shape) != port["model_shape"]:
+                turned = turned.reshape(port["model_shape"])  # of a scalar, which some converters make [1]
+            ready.append((port["index"], turned))
+        return ready
+
+    def run(self, feed: Any) -> Any:
+        for index, value in feed:
+            self.interpreter.set_tensor(index, value)  # copies, and turns on the way
+        self.interpreter.invoke()
+        return [self.interpreter.get_tensor(index) for index in self.places]
+
+    def collect(self, raw: Any, names: List[str]) -> Arrays:
+        found = {}
+        for name in names:
+            port = self.gives[name]
+            value = raw[port["position"]]
+            turned = (
+                value.reshape(port["shape"]) if port["permutation"] is None else value.transpose(port["permutation"])
+            )
+            found[name] = turned
+        return found
+
+
+class TfliteRuntime(LiteRt):
+    """The same interpreter, older, and with wheels for 32-bit ARM."""
+
+    MODULE = "tflite_runtime.interpreter"
+
+
+def plain_layout(details: Dict[str, Any]) -> Dict[str, Any]:
+    """Of a model without a layout file: its own names and shapes."""
+    import numpy
+
+    layout: Dict[str, Any] = {}
+    for side, found in details.items():
+        layout[side] = []
+        for place, detail in enumerate(found):
+            shape = [int(size) for size in detail["shape"]]
+            port = {"name": detail["name"], "dtype": str(numpy.dtype(detail["dtype"])), "permutation": None}
+            layout[side].append(dict(port, shape=shape, model_shape=shape, position=place, index=detail["index"]))
+    return layout
+
+
+def read_layout(path: str, details: Dict[str, Any]) -> Dict[str, Any]:
+    """The layout file, checked against the model: what does not fit would be read as nonsense without an error."""
+    plain = plain_layout(details)
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        layout = {}
+        for side in ("inputs", "outputs"):
+            layout[side] = [dict(port, index=plain[side][port["position"]]["index"]) for port in json.loads(text)[side]]
+            for port in layout[side]:
+                there = plain[side][port["position"]]
+                if (port["model_shape"], port["dtype"]) != (there["shape"], there["dtype"]):
+                    found = (path, port["name"], port["dtype"], port["model_shape"], there["dtype"], there["shape"])
+                    raise Refused("corrupt", "%s: %s is %s %s; the model has %s %s" % found)
+                axes = port["permutation"]
+                before, after = port["shape"], port["model_shape"]
+                if side == "outputs":
+                    before, after = after, before
+                if axes is not None and [before[axis] for axis in axes] != after:
+                    raise Refused(
+                        "corrupt", "%s: %s: %s does not turn %s into %s" % (path, port["name"], axes, before, after)
+                    )
+            places = sorted(port["position"] for port in layout[side])
+            if places != list(range(len(plain[side]))):
+                raise Refused("corrupt", "%s: positions of %s are %s" % (path, side, places))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise Refused("corrupt", "%s: not a layout: %s: %s" % (path, type(error).__name__, error)) from error
+    return layout
+
+
+RUNTIMES: Dict[str, Any] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+    "litert": LiteRt,
+    "tflite-runtime": TfliteRuntime,
+}
+
+
+WHERE = """import importlib.util, os, sys
+print(os.path.dirname(os.path.dirname(importlib.util.find_spec(sys.argv[1]).origin)))"""
+
+
+def import_from_system(name: str) -> None:
+    """Import a package of the device's own Python: -S keeps its folders off sys.path, where it is for this only.
+
+    Which folder, that Python says itself: virtual environments and .pth files have their say there.
+    """
+    found = run_command([sys.executable, "-I", "-c", WHERE, name], PYTHON_TIMEOUT_S)
+    folder = found["stdout"].strip() if found is not None and found["exit_code"] == 0 else ""
+    if not folder:
+        raise Refused("missing", "%s has no %s, which this model's runtime needs" % (sys.executable, name))
+    before = list(sys.path)
+    sys.path.append(folder)
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise Refused("missing", "%s: %s does not load: %s" % (folder, name, error)) from error
+    finally:
+        sys.path[:] = before
 
 
 # --- the same with their profilers on: operators() ends it and gives what the runs since the first one took ---
@@ -962,8 +1106,11 @@ class Runner:
             sys.path.insert(0, lib)
         for module in ("openvino_telemetry", "openvino.tools.ovc"):  # the converter, and what it tells its maker
             sys.modules[module] = None  # type: ignore[assignment]
+        for package in strings(spec, "system") if "system" in spec else []:
+            if package not in sys.modules:
+                guarded(import_from_system, package)
         guarded(__import__, "numpy")
-        guarded(__import__, name)
+        guarded(__import__, RUNTIMES[name].MODULE)
         return RUNTIMES[name]
 
     def load(self, spec: Request) -> Any:
@@ -1059,7 +1206,7 @@ def check_feed(model: Any, feed: Arrays) -> None:
 def prepared(model: Any, stacked: Arrays, index: int) -> Any:
     import numpy
 
-    feed = {name: numpy.asarray(value[index], order="C") for name, value in stacked.items()}
+    feed = {name: numpy.asarray(value[index], order="C") for name, value in stacked.items()}  # a scalar stays one
     check_feed(model, feed)
     return model.prepare(feed)
 

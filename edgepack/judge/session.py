@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ class Remote:
     """Which of the model's files are coded there."""
 
 
+class ModelDoesNotRunError(InputError):
+    """A runtime cannot load or run a model: the user's own, or a candidate that has an operator it lacks in int8."""
+
+
 class RuntimeSession:
     """One runner process with one runtime; a context manager that ends it.
 
@@ -47,8 +52,10 @@ class RuntimeSession:
         lib: Path | str,
         options: Mapping[str, Json],
         folder: Path,
+        system: tuple[str, ...] = (),
         remote: Remote | None = None,
     ) -> None:
+        self._system = system
         self._client, self._runtime, self._lib = client, runtime, lib
         self._options, self._folder, self._remote = dict(options), folder, remote
         self._exchanges = 0
@@ -66,8 +73,9 @@ class RuntimeSession:
     ) -> Iterator[Feed]:
         """The named outputs (all where None) for each feed, in order; memory for one chunk at a time.
 
-        Raises InputError where the runtime cannot load or run the model, StorageError where this machine's disk
-        is full, and ToolchainError when the runtime dies: no device is at fault here.
+        Raises ModelDoesNotRunError where the runtime cannot load or run the model, StorageError where this machine's
+        disk is full, and ToolchainError when the runtime dies: no device is at fault here. Of a remote runner the last
+        two are DeviceError, and so is a device that goes away.
         """
         model = self._model(files)
         chunks = _Chunks(feeds)
@@ -105,6 +113,7 @@ class RuntimeSession:
             files={role: str(path) for role, path in files.items()},
             options=self._options,
             threads=1,
+            system=self._system,
             coded=None if self._remote is None else self._remote.coded,
         )
 
@@ -128,6 +137,8 @@ class RuntimeSession:
             except RunnerError:
                 raise
             except DeviceError as error:
+                if self._remote is not None:
+                    raise
                 raise ToolchainError(
                     f"{self._runtime} ended on this machine while it ran the model: {error}"
                 ) from error
@@ -148,12 +159,15 @@ class RuntimeSession:
             self._client.infer_batch(model, there[0], count, there[1], fetch=fetch)
             transport.get(there[1], output)
         finally:
-            transport.run(["rm", "-f", *there])
+            with contextlib.suppress(DeviceError):  # it is gone, which the error above says better; the next clears up
+                transport.run(["rm", "-f", *there])
 
     def _explained(self, error: RunnerError) -> EdgepackError:
         """What a runner's failure means where it runs on this machine."""
         if error.failure in ("runtime", "bad-request"):
-            return InputError(f"the model cannot be run: {error}")
+            return ModelDoesNotRunError(f"the model cannot be run: {error}")
+        if self._remote is not None:
+            return error
         if error.failure == "storage":
             return StorageError(f"{self._folder}: cannot be written: {error}; free some space and run again")
         return ToolchainError(f"{self._runtime} failed on this machine: {error}")

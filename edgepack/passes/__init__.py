@@ -10,6 +10,7 @@ from edgepack.passes.equalise import Equalise
 from edgepack.passes.gptq import Gptq
 from edgepack.passes.half import Half
 from edgepack.passes.keep import Keep
+from edgepack.passes.litert import ConvertLitert, QuantiseLitert
 from edgepack.passes.low_rank import LowRank
 from edgepack.passes.observe import Observe
 from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
@@ -40,5 +41,7 @@ PASSES: dict[str, Pass] = {
         ConvertOpenvino(),
         QuantiseNncf(),
         CompileNpu(),
+        ConvertLitert(),
+        QuantiseLitert(),
     )
 }

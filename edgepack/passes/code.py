@@ -15,6 +15,7 @@ from edgepack.coding.files import SUFFIX, code_file, expand_file
 from edgepack.coding.onnx_pieces import onnx_pieces
 from edgepack.coding.openvino_pieces import openvino_pieces
 from edgepack.coding.pieces import Piece
+from edgepack.coding.tflite_pieces import tflite_pieces
 from edgepack.errors import UnsupportedError
 from edgepack.passes.contract import PassContext, PassDefect
 from edgepack.spec.project import Project
@@ -58,4 +59,4 @@ class Code:
 def _pieces(role: str, content: bytes, files: Mapping[str, Path]) -> list[Piece]:
     if role == "weights":
         return openvino_pieces(files["model"].read_bytes(), len(content))
-    return onnx_pieces(content)
+    return tflite_pieces(content) if files["model"].suffix == ".tflite" else onnx_pieces(content)

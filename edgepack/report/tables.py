@@ -233,6 +233,10 @@ def bundle_page(bundle: Bundle) -> str:
         f"  needs     {m.requires.os_name}, {m.target.machine}, Python {m.requires.python}, "
         f"glibc {m.requires.glibc} or newer",
         f"            {', '.join(m.target.cpu_flags) or 'no special instructions'}",
+        *(
+            f"            the system's own {p.package}: {p.at_least} or newer, below {p.below}"
+            for p in m.requires.packages
+        ),
         f"  model     {m.model.precision}, {m.model.format}, {size_text(m.sizes.model)} "
         f"(the source had {size_text(m.sizes.baseline_model)})",
         f"  inputs    {', '.join(_tensor(t.name, t.dtype, t.shape) for t in m.model.inputs)}",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +21,8 @@ TIMEOUT_S = 3600.0  # NNCF took 22 s for a ResNet50; an hour means that it hangs
 SCRIPT_OF = {
     "nncf": "openvino_convert.py",
     "openvino-npu": "openvino_npu.py",
+    "onnx2tf": "litert_convert.py",
+    "litert-quantizer": "litert_convert.py",
     "tensorflow": "tensorflow_convert.py",
 }
 """The script that speaks for each converter toolchain."""
@@ -36,26 +41,31 @@ ERROR_OF: dict[str | None, type[EdgepackError]] = {
 def call_converter(
     toolchain: str, lib: Path, request: Mapping[str, Json], *, timeout_s: float = TIMEOUT_S
 ) -> dict[str, Json]:
-    """The answer's result. Raises UnsupportedError, InputError, StorageError or ToolchainError as the script says."""
+    """The answer's result. Raises UnsupportedError, InputError, StorageError or ToolchainError as the script says.
+
+    A script that hangs, or is still there when this is interrupted, is ended with all that it started.
+    """
     script = SCRIPTS / SCRIPT_OF[toolchain]
     here = FOUND_HERE[toolchain]() if toolchain in FOUND_HERE else {}
     line = json.dumps({**request, **here, "lib": str(lib)})
+    argv = [sys.executable, "-I", "-S", str(script)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        try:
+            stdout, stderr = process.communicate(line.encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise ToolchainError(f"toolchain {toolchain}: no answer within {timeout_s:.0f} s; it was ended") from error
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    tail = stderr.decode(errors="replace").strip().splitlines()[-1:]
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", str(script)],
-            input=line.encode(),
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ToolchainError(f"toolchain {toolchain}: no answer within {timeout_s:.0f} s; it was ended") from error
-    tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    try:
-        answer = json.loads(done.stdout)
+        answer = json.loads(stdout)
     except ValueError as error:
         raise ToolchainError(
-            f"toolchain {toolchain}: ended with code {done.returncode} and no answer ({' '.join(tail) or 'silently'})"
+            f"toolchain {toolchain}: ended with code {process.returncode} and no answer "
+            f"({' '.join(tail) or 'silently'})"
         ) from error
     if answer.get("ok"):
         result: dict[str, Json] = answer["result"]

@@ -46,7 +46,7 @@ class Recipe:
     runtime: str
     precision: Precision
     passes: tuple[Use, ...]
-    model_format: Literal["onnx", "openvino-ir"]
+    model_format: Literal["onnx", "openvino-ir", "tflite"]
     device_options: dict[str, Json]
     """Runtime options on the device; nothing is left to a default that a version may change."""
     judge_options: dict[str, Json]
@@ -82,6 +82,9 @@ An f16 hint turns into bf16 on a processor with AVX512_BF16 alone; the runner re
 OPENVINO_NPU: dict[str, Json] = {"device": "NPU", "precision": "f16"}
 """An NPU has no float32 arithmetic: what is not int8 runs in float16 there."""
 
+LITERT_OPTIONS: dict[str, Json] = {"xnnpack": True}
+"""Without XNNPACK int8 convolutions take the reference kernels."""
+
 NPU_NOTE = (
     "judged on OpenVINO's CPU plugin in float32 and int8 arithmetic; no NPU has run this bundle, and an NPU computes "
     "what is not int8 in float16"
@@ -111,18 +114,17 @@ STATIC_ORDER: dict[Objective, tuple[str, ...]] = {
 OTHER_ORDER = ("int8-dynamic", "weights-int4", "weights-int8", "half")
 
 
+BUILT_FOR = ("onnxruntime", "openvino", "litert", "tflite-runtime")
+
+
 def runtime_of(target: Target) -> str:
     """The first runtime that the target accepts and that this version can build for. Raises UnsupportedError."""
     for runtime in target.runtimes:
-        if runtime in ("onnxruntime", "openvino"):
+        if runtime in BUILT_FOR:
             return runtime
     raise UnsupportedError(
-        f"target {target.name}: this version of edgepack cannot build for its runtime yet "
-        f"({', '.join(target.runtimes)}); onnxruntime has no wheel for {target.machine}: "
-        "choose a 64-bit system and target on the same board, for instance rpi4"
-        if target.machine == "armv7l"
-        else f"target {target.name}: none of its runtimes can be built for: {', '.join(target.runtimes)}; "
-        "this version knows onnxruntime and openvino"
+        f"target {target.name}: none of its runtimes can be built for: {', '.join(target.runtimes)}; "
+        f"this version knows {', '.join(BUILT_FOR)}"
     )
 
 
@@ -131,9 +133,14 @@ def baseline_recipe(target: Target, *, npu_compiler: bool = False) -> Recipe:
 
     `npu_compiler`: whether this machine can compile for an NPU; if not, the bundle carries no blob, and says so.
     """
-    if runtime_of(target) == "onnxruntime":
+    runtime = runtime_of(target)
+    if runtime == "onnxruntime":
         return _onnxruntime("fp32", "the model as it is", "fp32", ())
-    plain = _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+    plain = (
+        _litert(runtime, "fp32", "the model as it is", "fp32", None)
+        if runtime in LITERT
+        else _openvino(target, "fp32", "the model as it is", "fp32", (), npu_compiler=npu_compiler)
+    )
     return replace(plain, passes=tuple(use for use in plain.passes if use != CODE))
 
 
@@ -152,9 +159,12 @@ def proposals(target: Target, objective: Objective, *, npu_compiler: bool = Fals
 
     `npu_compiler` as of `baseline_recipe`.
     """
-    if runtime_of(target) == "openvino" and target.accelerator is None:
+    runtime = runtime_of(target)
+    if runtime in LITERT:
+        return _litert_recipes(runtime)
+    if runtime == "openvino" and target.accelerator is None:
         return _openvino_cpu(target)
-    if runtime_of(target) == "openvino":
+    if runtime == "openvino":
         why, nncf = "weights and activations in int8 (NNCF)", (Use(name="quantise-nncf"),)
         return (_openvino(target, "int8", why, "int8", nncf, npu_compiler=npu_compiler),)
     known = _static_recipes(target)
@@ -192,11 +202,6 @@ def price_of(recipe: Recipe) -> float | None:
     """The price of a bit in a recipe that has one."""
     found = next((use.params.get("bit_price") for use in recipe.passes if use.name == "gptq"), None)
     return found if isinstance(found, float) else None
-
-
-def is_static_onnx(recipe: Recipe) -> bool:
-    """Whether it is int8 by passes of ours."""
-    return recipe.precision == "int8" and recipe.runtime == "onnxruntime"
 
 
 def narrowed(recipe: Recipe, macs_share: float) -> Recipe:
@@ -307,4 +312,46 @@ def _openvino(
         judge_options=OPENVINO_CPU,
         judged_on="CPU plugin",
         note=None if not npu else NPU_NOTE if npu_compiler else f"{NPU_NOTE}; {WITHOUT}",
+    )
+
+
+LITERT = ("litert", "tflite-runtime")
+"""One format and one interpreter, of two ages."""
+
+
+def _litert_recipes(runtime: str) -> tuple[Recipe, ...]:
+    """In the order in which a Cortex-A72 and an A76 gained by them, by instructions: static, mixed, dynamic."""
+    mixed: dict[str, Json] = {"default": "static", "operators": {"FULLY_CONNECTED": "dynamic"}}
+    return (
+        _litert(runtime, "int8", "weights and activations in int8", "int8", {"default": "static"}),
+        _litert(runtime, "int8-mixed", "convolutions in static int8, full connections in dynamic", "int8", mixed),
+        _litert(
+            runtime,
+            "int8-dynamic",
+            "int8, activations quantised at every run",
+            "int8-dynamic",
+            {"default": "dynamic", "operators": {}},
+        ),
+        _litert(
+            runtime,
+            "half",
+            "weights stored as float16, float arithmetic",
+            "fp16-weights",
+            {"default": "float16", "operators": {}},
+        ),
+    )
+
+
+def _litert(runtime: str, name: str, why: str, precision: Precision, modes: Mapping[str, Json] | None) -> Recipe:
+    quantise = () if modes is None else (Use(name="quantise-litert", params=modes),)
+    return Recipe(
+        name=name,
+        why=why,
+        runtime=runtime,
+        precision=precision,
+        passes=(Use(name="canonicalise"), Use(name="convert-litert"), *quantise, CODE),
+        model_format="tflite",
+        device_options=LITERT_OPTIONS,
+        judge_options=LITERT_OPTIONS,
+        judged_on="CPU",
     )

@@ -99,6 +99,26 @@ class Pin(Spec):
         return f"{self.release} for {self.machine}, Python {self.python}, glibc {self.glibc} or newer"
 
 
+class SystemPackage(Spec):
+    """A Python package that a device's own system has to bring, because no wheel of it exists for that machine."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    """As it is imported."""
+    at_least: Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
+    below: Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
+    """The first version that does not work any more."""
+    package: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$")]
+    """What the system calls it: the argument of `apt install`."""
+
+    def takes(self, version: str) -> bool:
+        """Whether an installed "1.24.2" is one that works; what stands behind the numbers (rc1, .post0) is left out."""
+        numbers = re.match(r"\d+(\.\d+)*", version)
+        return numbers is not None and as_numbers(self.at_least) <= as_numbers(numbers[0]) < as_numbers(self.below)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.at_least} or newer, below {self.below}"
+
+
 class Release(Spec):
     """A version of the runtime, and where it can run."""
 
@@ -112,6 +132,10 @@ class Release(Spec):
     glibc: GlibcVersion
     """Of the oldest system it is meant for: wheels whose tags ask for a newer one are not taken."""
     platforms: Annotated[dict[Machine, tuple[PythonVersion, ...]], Field(min_length=1)]
+    any_python: bool = False
+    """Take its wheels also for a Python that its metadata excludes: the file argues why that is right."""
+    system: dict[Machine, tuple[SystemPackage, ...]] = Field(default_factory=dict)
+    """What the devices of a machine have to bring themselves."""
 
 
 class Toolchain(Spec):
@@ -121,6 +145,10 @@ class Toolchain(Spec):
     title: str
     role: Literal["runtime", "converter"]
     """`runtime`: shipped to devices, and used here by the judge. `converter`: an environment here only."""
+    serves: tuple[str, ...] = ()
+    """Of a converter: the runtimes whose models it makes; none where it makes ONNX of what a person brings."""
+    accelerator: Literal["npu"] | None = None
+    """Of a converter: it is for targets with such an accelerator only."""
     license: str
     release: Annotated[tuple[Release, ...], Field(min_length=1)]
     """The preferred first."""
@@ -163,6 +191,11 @@ class Toolchain(Spec):
         raise UnsupportedError(
             f"{wanted}: nothing for {machine} with Python {python} and glibc {glibc}; there is {self._offer(version)}"
         )
+
+    def system_packages(self, pin: Pin) -> tuple[SystemPackage, ...]:
+        """What a device needs beside the wheels of `pin`."""
+        release = next(each for each in self.release if each.version == pin.release)
+        return release.system.get(pin.machine, ())
 
     def _offer(self, version: str | None) -> str:
         """`1.32.0 for aarch64 or x86_64 (Python 3.11; glibc 2.28 or newer); ...`: what the pins hold, in short."""

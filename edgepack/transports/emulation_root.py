@@ -28,6 +28,9 @@ PACKAGES = (
 )
 """libstdc++6 is what numpy's wheels take from the system; libgomp1 serves older onnxruntime wheels."""
 
+ALSO = {"armhf": ("python3-numpy",)}
+"""What a Pi with a 32-bit system gets from Debian, as there is no wheel of it."""
+
 
 def host_codename(os_release: str) -> str:
     """`bookworm` for the text of /etc/os-release. Raises DeviceError when it is not Debian's."""
@@ -43,14 +46,15 @@ def host_codename(os_release: str) -> str:
 
 def make_root(os: str, architecture: str, *, cache: Path, codename: str, say: Say) -> Path:
     """The folder of a Debian root of release `os` (a key of CODENAMES), read-only by agreement."""
-    key = hashlib.sha256(" ".join([RECIPE, *PACKAGES]).encode()).hexdigest()[:8]
+    packages = (*PACKAGES, *ALSO.get(architecture, ()))
+    key = hashlib.sha256(" ".join([RECIPE, *packages]).encode()).hexdigest()[:8]
     place = cache / "roots" / f"{os}-{architecture}-{key}"
 
     def build(root: Path) -> None:
         suite = CODENAMES[os]
-        say(f"fetching a {os} root for {architecture}: {len(PACKAGES)} packages and what they need (once)")
+        say(f"fetching a {os} root for {architecture}: {len(packages)} packages and what they need (once)")
         source = debian.source_for(suite, debian.read_sources(), codename)
-        debian.unpack(PACKAGES, suite=suite, architecture=architecture, source=source, into=root, say=say)
+        debian.unpack(packages, suite=suite, architecture=architecture, source=source, into=root, say=say)
         _finish_root(root)
         in_use = {Path(record.folder, "lower").resolve() for record in read_records()}
         for old in place.parent.glob(f"{os}-{architecture}-*"):  # of an older recipe
@@ -74,6 +78,10 @@ def _finish_root(root: Path) -> None:
     for link, to in (("bin/sh", "dash"), ("usr/bin/awk", "gawk")):
         if not (root / link).is_symlink() and not (root / link).exists():
             (root / link).symlink_to(to)
+    for library in [*root.glob("usr/lib/*/blas/lib*.so.3"), *root.glob("usr/lib/*/lapack/lib*.so.3")]:
+        beside = library.parents[1] / library.name  # numpy's; update-alternatives would have made it
+        if not beside.is_symlink() and not beside.exists():
+            beside.symlink_to(f"{library.parent.name}/{library.name}")
     for folder in ("dev", "proc", "sys", "run", "tmp", "root"):
         (root / folder).mkdir(exist_ok=True)
     (root / "tmp").chmod(0o1777)

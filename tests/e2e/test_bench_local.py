@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from edgepack.bench.regression import keep
 from edgepack.bench.result import require_budgets
 from edgepack.bench.run import benchmark, measure
 from edgepack.errors import DeviceError, GateMissedError, UnsupportedError
+from edgepack.protocol import RUNNER_PATH
 from edgepack.report.gather import gather
 from edgepack.report.page import report_page
 from edgepack.report.tables import ms_text
@@ -91,7 +95,7 @@ def test_a_bundle_is_installed_proved_and_timed_and_the_second_time_nothing_is_u
 
 def test_a_report_draws_what_a_benchmark_kept(tmp_path: Path) -> None:
     bundle, device, history = make_bundle(tmp_path / "bundle"), Watched(tmp_path / "home"), tmp_path / "history.sqlite"
-    result = benchmark(bundle, device, conduct=Conduct(**QUICK, profile=True))
+    result = benchmark(bundle, device, conduct=Conduct(**QUICK, profile=True, repeats=1))
     kept, _ = keep(history, result.to_json(), "bench")
     material = gather([bundle.path], history)
     assert [each.row.id for each in material.results] == [kept]
@@ -210,6 +214,18 @@ def test_a_runner_that_is_killed_while_it_measures_gives_an_error_and_no_half_re
 
     with pytest.raises(DeviceError, match="signal"):
         benchmark(bundle, device, seconds=20.0, say=kill_soon)
+
+
+def test_a_governor_is_put_back_also_where_the_runner_is_gone_before_it_heard_that_it_is_held(tmp_path: Path) -> None:
+    found = re.search(r'^HOLDER = """(.*?)"""', RUNNER_PATH.read_text(encoding="utf-8"), re.S | re.M)
+    assert found is not None
+    governor = tmp_path / "scaling_governor"
+    governor.write_text("ondemand")
+    argv = [sys.executable, "-I", "-S", "-c", found[1], "performance", str(governor)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.close()
+    assert governor.read_text() == "ondemand"
 
 
 @pytest.mark.parametrize("programs", [True, False], ids=["the device crashes", "only the connection is cut"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from edgepack.__main__ import run
 from edgepack.bench.lease import LEASE_PATH, NAME_VARIABLE, leased
 from edgepack.errors import DeviceError
 from edgepack.transports.local import LocalTransport
+from tests.support.processes import eventually, processes_with
 from tests.support.runtime import make_bundle
 from tests.support.sshd import Sshd, running_sshd
 
@@ -77,16 +79,8 @@ def taken_within(seconds: float, transport: object) -> bool:
 
 def holders() -> list[int]:
     """The lease processes of this test's name."""
-    name = os.environ[NAME_VARIABLE].encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(b'"holder"' in word and name in word for word in words) and words[0] != b"sh":
-            found.append(int(path.parent.name))
-    return found
+    found = processes_with(os.environ[NAME_VARIABLE])
+    return [int(pid) for pid, program, *_ in found if program != "sh"]
 
 
 def test_a_device_that_is_in_use_is_refused_with_who_has_it_since_when(
@@ -169,7 +163,7 @@ def test_those_who_wait_are_served_in_the_order_in_which_they_came(server: Sshd,
 
         threads.append(threading.Thread(target=wait, daemon=True))
         threads[-1].start()
-        assert eventually(lambda said=said: bool(said))
+        assert eventually(functools.partial(bool, said))
     other.kill()
     for thread in threads:
         thread.join(60)
@@ -180,11 +174,14 @@ def test_a_lease_that_was_lost_meanwhile_spoils_what_was_measured(server: Sshd) 
     transport = server.transport()
     with (
         pytest.raises(DeviceError, match="the lease on the device was lost"),
-        leased(transport, sys.executable, what="mine"),
+        leased(transport, sys.executable, what="mine") as lease,
     ):
+        lease.confirm()
         (holder,) = holders()
         os.kill(holder, signal.SIGKILL)
         assert eventually(lambda: not holders())
+        with pytest.raises(DeviceError, match="the lease on the device was lost"):
+            lease.confirm()
     transport.close()
 
 
@@ -242,12 +239,3 @@ def test_bench_ends_with_7_where_the_device_is_in_use_and_with_wait_it_queues(
     captured = capsys.readouterr()
     assert json.loads(captured.out)["health"]["passed"]
     assert "waiting: held by" in captured.err
-
-
-def eventually(condition: object, seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True

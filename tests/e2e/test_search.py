@@ -249,7 +249,7 @@ def test_what_is_slower_than_fp32_is_not_shipped(
 ) -> None:
     """int8 would be chosen by bytes and by estimate, and is slow; what is as small and fast goes."""
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.9, "faster"), "int8-": ratio(1.5, "slower")}
-    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=2)
+    report, project = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=3)
     assert not report.failed
     (built,) = report.built
     evidence = built.locked.evidence
@@ -280,11 +280,13 @@ def test_where_int8_is_slower_than_fp32_float_arithmetic_is_tried(
 def test_where_all_are_slower_nothing_ships(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, project = build_here(tmp_path / "p", searched.cache, {"": ratio(1.3, "slower")}, monkeypatch)
+    report, project = build_here(tmp_path / "p", searched.cache, {"": ratio(1.3, "slower")}, monkeypatch, evaluations=3)
     (failure,) = report.failed
     assert failure.error.exit_code == 5 and "slower than fp32" in str(failure.error)
     assert not (project / RPI4).exists()
-    report, project = build_here(tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch)
+    report, project = build_here(
+        tmp_path / "q", searched.cache, {"": ratio(1.0, "unresolved")}, monkeypatch, evaluations=3
+    )
     (failure,) = report.failed
     assert failure.error.exit_code == 6 and "--device none" in str(failure.error)
 
@@ -317,7 +319,7 @@ def test_the_measured_time_decides_not_the_estimate(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = {"": ratio(0.9, "faster"), "int8": ratio(0.02, "faster")}
-    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, evaluations=2)
+    report, _ = build_here(tmp_path / "p", searched.cache, speeds, monkeypatch, objective="balanced", evaluations=3)
     (built,) = report.built
     assert built.plan.recipe.name == "int8"
 
@@ -339,6 +341,34 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     (built,) = report.built
     evidence = built.locked.evidence
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
+
+
+def test_a_candidate_that_its_runtime_does_not_take_is_dropped_and_the_next_is_tried(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreadable:
+        calls = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def apply(self, files: dict[str, Path], params: dict[str, Json], context: PassContext) -> dict[str, Path]:
+            made = whole.apply(files, params, context)
+            Unreadable.calls += 1
+            if Unreadable.calls == 1:
+                made["model"].write_bytes(b"nothing that a runtime reads")
+            return made
+
+    whole = PASSES["compact"]
+    monkeypatch.setitem(PASSES, "compact", Unreadable())
+    cache, speeds = clean_cache(tmp_path / "cache"), {"": ratio(0.5, "faster")}
+    report, _ = build_here(tmp_path / "p", cache, speeds, monkeypatch, objective="latency", evaluations=2)
+    (built,) = report.built
+    evidence = built.locked.evidence
+    assert evidence is not None
+    (first,) = [each for each in evidence["candidates"] if each["name"] == "int8"]  # type: ignore[union-attr,index,call-overload]
+    assert first["outcome"] == "dropped" and "the model cannot be run" in first["reason"]  # type: ignore[index,operator,call-overload]
+    assert built.plan.recipe.name != "int8"
 
 
 def outlier_project(folder: Path, *, ruined: Sequence[str] = ("second",), samples: int = 1600) -> Path:
@@ -476,7 +506,8 @@ def test_every_technique_is_shown_alone_and_combined(tmp_path: Path) -> None:
     rows = done.document["techniques"]
     assert all(set(row) == documented("compare-techniques")["techniques"] for row in rows)
     alone = {row["name"] for row in rows if not row["combined"]}
-    shown = {name for name, each in PASSES.items() if each.technique and "convert-openvino" not in each.technique}
+    conversions = {"convert-openvino", "convert-litert"}
+    shown = {name for name, each in PASSES.items() if each.technique and not conversions & set(each.technique)}
     assert alone == (shown - {"canonicalise"}) | {"fp32"}
     by_name = {(row["name"], row["combined"]): row for row in rows}
     assert by_name["quantise-static", False]["drop"] > 0.5 and by_name["half", False]["drop"] < 0.05

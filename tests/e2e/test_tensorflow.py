@@ -85,6 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("cache")
+    lib()
     share_runtimes(folder)
     return Store(folder)
 

@@ -100,6 +100,7 @@ def save_ir(path: Path) -> Path:
 def make_bundle(
     folder: Path,
     *,
+    model: Path | None = None,
     golden: Arrays | None = None,
     wheels: tuple[Path, ...] | None = None,
     evidence: bytes | None = None,
@@ -107,14 +108,15 @@ def make_bundle(
 ) -> Bundle:
     """A whole bundle of the small model for this machine, with the real onnxruntime unless `wheels` are given.
 
-    `golden` replaces the expected outputs; `changes` are merged into parts of the manifest.
+    `model` stands in for the small one, with its inputs and outputs; `golden` replaces the expected outputs;
+    `changes` are merged into parts of the manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     host, stacked = host_python(), feeds(3)
     if wheels is None:
         wheels = fetch(pin("onnxruntime").wheels, cache_folder(), say=lambda _: None)
     parts = Parts(
-        model={"model": save_model(folder / "model.onnx")},
+        model={"model": model or save_model(folder / "model.onnx")},
         wheels=wheels,
         runner=RUNNER_PATH,
         golden_inputs=npz_bytes(stacked),

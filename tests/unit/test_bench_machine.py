@@ -105,6 +105,34 @@ def test_a_device_that_cannot_run_the_bundle_is_turned_away_before_anything_is_u
     assert [call[0] for call in fake.calls] == ["run"]
 
 
+NUMPY = {"name": "numpy", "at_least": "1.23.2", "below": "2", "package": "python3-numpy"}
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stdout", "stderr", "says"),
+    [
+        (0, b"1.24.2\n", b"", None),
+        (0, b"2.1.0\n", b"", "numpy 2.1.0 for /usr/bin/python3; the bundle needs numpy 1.23.2 or newer, below 2"),
+        (0, b"1.19.5\n", b"", "numpy 1.19.5 for .*apt install python3-numpy; nothing was installed"),
+        (1, b"", b"Traceback\nModuleNotFoundError: No module named 'numpy'\n", "no numpy that loads .ModuleNotFound"),
+        (127, b"", b"", "no numpy that loads .it says nothing"),
+    ],
+)
+def test_what_the_devices_system_has_to_bring_is_asked_for_before_anything_is_uploaded(
+    tmp_path: Path, exit_code: int, stdout: bytes, stderr: bytes, says: str | None
+) -> None:
+    requires = {**REQUIRES, "packages": [NUMPY]}
+    bundle = make_bundle(tmp_path / "bundle", wheels=(), changes={"requires": requires, "target": TARGET})
+    fake = device(tmp_path, "python=/usr/bin/python3 3.11.2 64 glibc-2.36")
+    fake.on_run("/usr/bin/python3", "-I", gives=Completed(exit_code=exit_code, stdout=stdout, stderr=stderr))
+    if says is None:
+        assert make_contact(bundle, fake).python == "/usr/bin/python3"
+    else:
+        with pytest.raises(UnsupportedError, match=says):
+            make_contact(bundle, fake)
+    assert [call[0] for call in fake.calls] == ["run", "run"]
+
+
 def test_a_device_without_a_shell_is_a_device_error(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="no POSIX shell there"):
         make_contact(bundle, device(tmp_path, exit_code=127))

@@ -97,6 +97,7 @@ def test_two_kinds_of_runs_are_marked_and_one_kind_with_a_tail_is_not() -> None:
         ({"others_cpus": 1.0}, "load", "suspect"),
         ({"preemptions_per_s": 250.0}, "preempted", "suspect"),
         ({"frequencies_mhz": (1500.0, 600.0)}, "frequency", "suspect"),
+        ({"governor_changes": ("ondemand to powersave",)}, "governor", "suspect"),
         ({"temperatures_c": (60.0, 82.0)}, "hot", "suspect"),
         ({"memory_stalled_share": 0.2}, "memory-pressure", "suspect"),
         ({"major_faults": 40}, "page-faults", "suspect"),
@@ -204,6 +205,17 @@ def test_the_fastest_processor_and_the_hottest_zone_count() -> None:
     found = seen(at(0, [600000, 1500000], [41000, -274000]), at(1, [1000000, 600000], [45000, 44000]))
     assert (found.frequencies_mhz, found.temperatures_c) == ((1500.0, 1000.0), (41.0, 45.0))
     assert found.governors == ("ondemand",)
+
+
+def test_a_governor_that_changes_is_seen_and_two_clusters_with_one_each_are_no_change() -> None:
+    def at(second: float, *governors: str) -> EnvironmentSample:
+        path = "/sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
+        return sample(second, {path.format(cpu): f"{each}\n" for cpu, each in enumerate(governors)})
+
+    steady = seen(at(0, "ondemand", "performance"), at(1, "ondemand", "performance"))
+    assert (steady.governors, steady.governor_changes) == (("ondemand", "performance"), ())
+    moved = seen(at(0, "ondemand"), at(1, "powersave"), at(2, "ondemand"))
+    assert moved.governor_changes == ("ondemand to powersave", "powersave to ondemand")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmarks.agreement import Found, apart
+from benchmarks.disturbances import answer
 from benchmarks.resources import watch
 from benchmarks.zoo import write_projects
 from edgepack.build.inputs import open_project
@@ -55,3 +58,25 @@ def test_a_zoo_becomes_projects_that_open(tmp_path: Path) -> None:
     opened.check()
     assert (len(opened.calibration), len(opened.evaluation), opened.metric.name) == (4, 6, "top1")
     assert [path.name for path in source.iterdir() if path.suffix == ".toml"] == []
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "expected"),
+    [(1.002, 0.001, "agrees"), (1.02, 0.001, "differs"), (0.98, 0.001, "differs"), (1.008, 0.02, "unresolved")],
+)
+def test_agreement_is_judged_by_the_whole_interval(ratio: float, spread: float, expected: str) -> None:
+    logs = np.log(ratio) + spread * np.linspace(-1, 1, 16)
+    found = Found(name="", bare=(1.0,) * 32, runner=(1.0,) * 32, logs=tuple(float(log) for log in logs))
+    assert found.answer == expected
+
+
+def test_reruns_that_are_apart_are_the_runners_only_where_the_bare_loops_are_not() -> None:
+    still, moving = (1.0,) * 20, (1.0,) * 5 + (1.05,) * 5 + (1.0,) * 5 + (1.05,) * 5
+    assert apart(moving) == pytest.approx([0.05] * 3)
+    for bare, runner, shown in ((still, still, True), (still, moving, False), (moving, moving, True)):
+        assert Found(name="", bare=bare, runner=runner, logs=(0.0,) * 16).reruns_shown is shown
+
+
+def test_few_runs_are_not_judged_and_many_are() -> None:
+    assert answer("x", [False] * 19, shown=False) == ("- x: 0 of 19 (0%); fewer than 20, so not judged here", True)
+    assert answer("x", [True] * 20 + [False] * 5, shown=False) == ("- x: 20 of 25 (80%); NOT shown", False)

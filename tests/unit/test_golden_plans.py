@@ -37,7 +37,7 @@ FACTS = PlanFacts(
     calibration="c" * 64,
     evaluation="e" * 64,
     libraries={"onnx": "1", "onnxslim": "1", "numpy": "1"},
-    toolchains={"nncf": "t" * 64, "openvino-npu": "n" * 64},
+    toolchains={"nncf": "t" * 64, "onnx2tf": "o" * 64, "litert-quantizer": "q" * 64, "openvino-npu": "n" * 64},
     runtime_version="1",
     runtime_wheels="w" * 64,
 )

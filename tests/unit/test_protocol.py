@@ -37,6 +37,7 @@ def test_requests_are_numbered_and_hold_what_was_asked(tmp_path: Path) -> None:
         runner.infer(MODEL, ["a"], ["b"], fetch=("y",))
         done = runner.infer_batch(MODEL, "in", 1, "out")
     model = {"runtime": "onnxruntime", "lib": "/lib", "files": {"model": "/m.onnx"}, "options": {}, "threads": 1}
+    model |= {"system": [], "coded": None}
     assert seen == [
         {"id": 1, "verb": "infer", "model": model, "feeds": ["a"], "outputs": ["b"], "fetch": ["y"]},
         {"id": 2, "verb": "infer", "model": model, "batch": "in", "count": 1, "output": "out", "fetch": None},

@@ -10,7 +10,6 @@ from edgepack.spec.target import Target, load_target, targets
 from edgepack.spec.toolchain import load_toolchain
 
 ALL = targets()
-NOT_PACKED_YET = {"tflite-runtime": "no toolchain 'tflite-runtime' in this version"}
 
 
 def board(tmp_path: Path, change: tuple[str, str] = ("", "")) -> Path:
@@ -39,10 +38,6 @@ def test_the_nine_boards_are_shipped() -> None:
 @pytest.mark.parametrize("target", ALL, ids=lambda target: target.name)
 def test_every_operating_system_has_a_pin_of_the_first_runtime(target: Target) -> None:
     runtime = target.runtimes[0]
-    if runtime in NOT_PACKED_YET:
-        with pytest.raises(UnsupportedError, match=NOT_PACKED_YET[runtime]):
-            load_toolchain(runtime)
-        return
     for system in target.os:
         pin = load_toolchain(runtime).release_for(target.machine, system.python, system.glibc)
         assert (pin.machine, pin.python) == (target.machine, system.python)
@@ -110,7 +105,7 @@ def test_a_target_of_the_users_own_is_a_path(tmp_path: Path) -> None:
     [
         (("[bench]", "[bench]\nwarmpu = 3"), r"unknown key 'bench.warmpu'; did you mean 'warmup'\?"),
         (("cores = 4", "core = 4"), r"unknown key 'cpu.core'; did you mean 'cores'\?"),
-        (('["onnxruntime"]', '["onnxruntim"]'), r"unknown runtime 'onnxruntim'; did you mean 'onnxruntime'\?"),
+        (('["onnxruntime", ', '["onnxruntim", '), r"unknown runtime 'onnxruntim'; did you mean 'onnxruntime'\?"),
         (("saturates = false", "saturates = true"), "expected 7 bits where products saturate"),
         (('python = "3.11"', "python = 3.11"), r"'os.0.python'.*found 3.11"),
         (('name = "debian-11"', 'name = "debian-12"'), "a name stands twice"),

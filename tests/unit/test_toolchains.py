@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from edgepack.errors import InputError, ToolchainError, UnsupportedError
+from edgepack.spec.load import check
 from edgepack.spec.shipped import shipped_folder
 from edgepack.spec.toolchain import Toolchain, Wheel, load_toolchain, toolchains
 
@@ -63,7 +65,9 @@ def tiny(tmp_path: Path, text: str = HEAD) -> Path:
 
 def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise() -> None:
     found = toolchains()
-    assert [each.name for each in found] == ["nncf", "onnxruntime", "openvino-npu", "openvino", "tensorflow"]
+    names = {"litert", "litert-quantizer", "nncf", "onnx2tf", "onnxruntime", "openvino"}
+    names |= {"openvino-npu", "tensorflow", "tflite-runtime"}
+    assert {each.name for each in found} == names
     for toolchain in found:
         promised = {
             (release.version, machine, python)
@@ -74,7 +78,7 @@ def test_the_shipped_toolchains_pin_every_machine_and_python_that_they_promise()
         assert {(pin.release, pin.machine, pin.python) for pin in toolchain.pin} == promised
 
 
-NAMED_OTHERWISE = {"openvino-npu": "openvino", "tensorflow": "tensorflow-cpu"}
+NAMED_OTHERWISE = {"litert": "ai-edge-litert", "openvino-npu": "openvino", "tensorflow": "tensorflow-cpu"}
 """Packages whose versions are the releases of a toolchain of another name."""
 
 
@@ -82,9 +86,11 @@ def test_every_pin_of_a_runtime_holds_that_release_and_one_numpy_and_no_more() -
     for toolchain in toolchains():
         for pin in toolchain.pin:
             names = {wheel.name: wheel.version for wheel in pin.wheels}
-            assert names[NAMED_OTHERWISE.get(toolchain.name, toolchain.name)] == pin.release
+            package = NAMED_OTHERWISE.get(toolchain.name, toolchain.name)
+            assert names[package] == pin.release
             if toolchain.role == "runtime":
-                assert set(names) == {toolchain.name, "numpy"}
+                brought = {each.name for each in toolchain.system_packages(pin)}
+                assert set(names) == {package, "numpy"} - brought
 
 
 def test_wheels_are_of_the_machine_and_python_that_they_are_pinned_for() -> None:
@@ -210,6 +216,16 @@ def test_windows_wheels_are_pinned_beside_those_of_the_machine(
         "dep-1.2-py3-none-any.whl": B,
         "tiny-1.0-cp311-cp311-win_amd64.whl": C,
     }
+
+
+def test_what_the_devices_system_brings_is_not_pinned(update: ModuleType) -> None:
+    head = HEAD.replace("platforms.x86_64", 'platforms.armv7l = ["3.11"]\nplatforms.x86_64') + (
+        'system.armv7l = [{ name = "dep", at_least = "1", below = "2", package = "python3-dep" }]\n'
+    )
+    release = check(Toolchain, tomllib.loads(head), "tiny.toml").release[0]
+    report = {"install": [TINY, DEP, CHATTY]}
+    assert len(update.chosen(report, release, "x86_64", "3.11")) == 2
+    assert list(update.chosen(report, release, "armv7l", "3.11")) == [TINY["download_info"]["url"].rsplit("/")[-1]]
 
 
 def test_platform_tags_stop_at_the_targets_glibc_and_know_their_older_names(update: ModuleType) -> None:
