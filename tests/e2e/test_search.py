@@ -338,7 +338,7 @@ def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     whole = PASSES["gptq"]
     monkeypatch.setitem(PASSES, "gptq", Broken())
     cache = clean_cache(tmp_path / "cache")
-    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch, objective="size")
+    report, _ = build_here(tmp_path / "p", cache, {"": ratio(0.5, "faster")}, monkeypatch, evaluations=2)
     (built,) = report.built
     evidence = built.locked.evidence
     assert evidence is not None and outcomes(evidence)["int8-p0.04"] == "failed" and built.plan.recipe.name == "int8"
