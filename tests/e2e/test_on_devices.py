@@ -46,7 +46,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("example") / "fashion-mnist"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("dist", "*.lock"))
-    built = document("build", "--target", "rpi4", "--target", "x86-avx2", "--os", "debian-12", cwd=folder)
+    built = document(
+        *("build", "--target", "rpi4", "--target", "x86-avx2", "--os", "debian-12", "--evaluations", "1"), cwd=folder
+    )
     assert [bundle["answer"] for bundle in built["bundles"]] == ["passed", "passed"]
     return folder
 
