@@ -150,8 +150,8 @@ def test_a_conversion_that_is_wrong_is_refused_and_nothing_is_left(
     capsys.readouterr()
     real = tensorflow.convert
 
-    def wrong(*arguments: object) -> tensorflow.Converted:
-        converted = real(*arguments)  # type: ignore[arg-type]
+    def wrong(*arguments: object, install_heavy: bool) -> tensorflow.Converted:
+        converted = real(*arguments, install_heavy=install_heavy)  # type: ignore[arg-type]
         model = onnx.load_from_string(converted.onnx.read_bytes())
         for tensor in model.graph.initializer:
             array = numpy_helper.to_array(tensor)
