@@ -22,7 +22,9 @@ from edgepack.build.packing import Shipment, budget_of, pack
 from edgepack.build.planner import BuildPlan, PlanFacts, make_plan, search_key
 from edgepack.build.search import Found, Setting, find
 from edgepack.bundle.bundle import SUFFIX, Bundle, open_bundle
+from edgepack.bundle.keys import Signer
 from edgepack.bundle.manifest import SCHEMA
+from edgepack.bundle.signing import sign_bundle
 from edgepack.errors import (
     DefectError,
     EdgepackError,
@@ -66,6 +68,7 @@ class BuildOptions:
     """None: this machine judges what it can."""
     measure_speed: bool = True
     """False: never, also where this machine is of the target's kind."""
+    signers: tuple[Signer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,7 +447,7 @@ class _Job:
             verdict=shipment.verdict,
             judged_in=shipment.judged_in,
             evidence=shipment.evidence,
-            bundle=bundle.file_sha256(),
+            bundle=bundle.payload_sha256(),
             bundle_bytes=bundle.size_bytes,
         )
         if entry != found:
@@ -456,7 +459,8 @@ class _Job:
         return self._built(path, locked, plan, cached=True)
 
     def _built(self, path: Path, locked: Locked, plan: BuildPlan, *, cached: bool) -> Built:
-        manifest = open_bundle(path).manifest
+        signers = self.options.signers
+        manifest = (sign_bundle(path, signers) if signers else open_bundle(path)).manifest
         if manifest.target.name != self.target.name:
             raise VerificationError(f"{path}: is for {manifest.target.name}; expected {self.target.name}")
         return Built(
@@ -507,9 +511,7 @@ def _holds(facts: dict[str, Json] | None) -> bool:
 def _is_whole(path: Path, locked: Locked) -> bool:
     """Whether the bundle is there, byte for byte, and in a form that this version reads."""
     with storage_errors(path), contextlib.suppress(FileNotFoundError, InputError, VerificationError):
-        if path.is_file() and digest_file(path) == locked.bundle:
-            open_bundle(path)
-            return True
+        return path.is_file() and open_bundle(path).payload_sha256() == locked.bundle
     return False
 
 
