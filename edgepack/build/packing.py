@@ -33,7 +33,8 @@ from edgepack.coding.files import DECODER_PATH
 from edgepack.errors import InputError
 from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
-from edgepack.runtimes.wheels import fetch
+from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.slim import slim_wheels
 from edgepack.spec.target import Target
 from edgepack.spec.tensor import TensorSpec
 from edgepack.spec.toolchain import Pin, load_toolchain
@@ -73,10 +74,12 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
     """Write the bundle. Raises GateMissedError where a size budget is missed, InputError where a name or a number is
     beyond what a manifest can say, ToolchainError, StorageError."""
     plan = shipment.plan
-    pin = load_toolchain(plan.recipe.runtime).release_for(
+    toolchain = load_toolchain(plan.recipe.runtime)
+    pin = toolchain.release_for(
         plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
     )
-    wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
+    keep = toolchain.release_of(pin).kept(device_of(plan.recipe))
+    wheels = slim_wheels(pin.wheels, keep, bench.store.folder, say=bench.say)
     with bench.store.workspace() as folder:
         plain = model_files(shipment.record, bench.store, folder / "plain")
         coded = coded_files(shipment.record, bench.store, folder / "coded")
@@ -160,6 +163,7 @@ def _manifest(
             name=plan.recipe.runtime,
             version=plan.runtime_version,
             wheels=wheels,
+            sources=_sources(wheels, pin),
             options=_facts(plan.recipe.device_options),
         ),
         passes=tuple(
@@ -192,6 +196,19 @@ def _manifest(
         runner=RUNNER,
         files=entries,
     )
+
+
+def device_of(recipe: Recipe) -> str | None:
+    """The device of the runtime that a bundle runs on, where the runtime has several."""
+    device = recipe.device_options.get("device")
+    return device if isinstance(device, str) else None
+
+
+def _sources(wheels: tuple[str, ...], pin: Pin) -> dict[str, m.WheelPart]:
+    return {
+        path: m.WheelPart(file=wheel.file, sha256=wheel.sha256, bytes=wheel.bytes)
+        for path, wheel in zip(wheels, pin.wheels, strict=True)
+    }
 
 
 def _layout(parts: Parts) -> m.Layout | None:

@@ -164,10 +164,21 @@ class ModelPart(Part):
     """Of `files["blob"]`; the model beside it is what it was compiled from, and the fallback."""
 
 
+class WheelPart(Part):
+    """A wheel as its maker published it."""
+
+    file: Line
+    sha256: Hex
+    bytes: Bytes
+
+
 class RuntimePart(Part):
     name: Name
     version: Line
     wheels: tuple[str, ...]
+    """Paths in the bundle: what it needs of each wheel, in an archive that is unpacked like one."""
+    sources: dict[str, WheelPart] = Field(default_factory=dict)
+    """By those paths: the wheel that it was taken from."""
     options: Facts
 
 
