@@ -1,4 +1,4 @@
-"""`edgepack bundle ...`: look into a bundle, sign it, verify it."""
+"""`edgepack bundle ...`: look into a bundle, try it, sign it, verify it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from edgepack.cli.output import JsonFlag, show_json
+from edgepack.cli.output import JsonFlag, say, show_json
 from edgepack.cli.trust import KeyOption, RotationOption, ThresholdOption, open_trusted
 
-app = typer.Typer(help="Look into a bundle, sign it, verify it.", no_args_is_help=True)
+app = typer.Typer(help="Look into a bundle, try it, sign it, verify it.", no_args_is_help=True)
 BundlePath = Annotated[Path, typer.Argument(help="A .edgepack file.")]
 
 
@@ -41,6 +41,98 @@ def inspect(path: BundlePath, as_json: JsonFlag = False) -> None:
         )
     else:
         typer.echo(bundle_page(bundle))
+
+
+@app.command("unpack")
+def unpack(
+    path: BundlePath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make; not there yet, or empty.")],
+    key: KeyOption = None,
+    threshold: ThresholdOption = 1,
+    rotation: RotationOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write all files of a bundle to a folder, each checked; nothing where one is wrong.
+
+    The model is as it travels, coded perhaps: `edgepack export` writes it in its runtime's own format.
+
+    \b
+    Examples:
+      edgepack bundle unpack dist/fashion-mnist-rpi4.edgepack -o out
+      edgepack bundle unpack B.edgepack -o out --key keys/release.pem.pub --json
+    """
+    from edgepack.bundle.unpack import unpack_bundle
+
+    bundle = open_trusted(path, key, threshold, rotation)
+    files = unpack_bundle(bundle, output)
+    if as_json:
+        show_json({"path": str(path), "digest": bundle.digest, "output": str(output), "files": files})
+    else:
+        typer.echo(f"{output}: {files} files of {path}")
+
+
+@app.command("diff")
+def diff(
+    before: Annotated[Path, typer.Argument(help="The bundle that a device has.")],
+    after: Annotated[Path, typer.Argument(help="The bundle that it is to have.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what two bundles differ in, and how many bytes the update from the first to the second sends.
+
+    \b
+    Examples:
+      edgepack bundle diff v1/fashion-mnist-rpi4.edgepack v2/fashion-mnist-rpi4.edgepack
+      edgepack bundle diff A.edgepack B.edgepack --json
+    """
+    from dataclasses import asdict
+
+    from edgepack.bundle.bundle import open_bundle
+    from edgepack.bundle.difference import difference
+    from edgepack.report.bundles import difference_page
+
+    found = difference(open_bundle(before), open_bundle(after))
+    if as_json:
+        show_json({"before": str(before), "after": str(after), **asdict(found)})
+    else:
+        typer.echo(difference_page(found))
+
+
+@app.command("run")
+def run(
+    path: BundlePath,
+    given: Annotated[
+        list[str], typer.Option("--input", "-i", help="x.npy, NAME=x.npy where there are several inputs, or an .npz.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz.")] = None,
+    key: KeyOption = None,
+    threshold: ThresholdOption = 1,
+    rotation: RotationOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a bundle's model once on this machine, which has to be of the target's kind.
+
+    It is installed as on a device and has to pass health first. Nothing is timed: see `edgepack bench`.
+
+    \b
+    Examples:
+      edgepack bundle run dist/fashion-mnist-x86-avx2.edgepack --input x.npy
+      edgepack bundle run B.edgepack --input tokens=t.npy --input mask=m.npy -o out.npz --json
+    """
+    from edgepack.bench.member import device_root
+    from edgepack.bench.try_here import read_inputs, run_here
+    from edgepack.graph.npz import npz_bytes
+    from edgepack.report.bundles import outputs_page
+    from edgepack.store import write_atomic
+
+    bundle = open_trusted(path, key, threshold, rotation)
+    outputs = run_here(bundle, read_inputs(bundle, given), root=device_root("local"), say=say)
+    if output is not None:
+        write_atomic(output, npz_bytes(outputs))
+    if as_json:
+        shown = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in outputs.items()}
+        show_json({"path": str(path), "outputs": shown, "output": None if output is None else str(output)})
+    else:
+        typer.echo(outputs_page(outputs, output))
 
 
 @app.command("sign")
