@@ -161,6 +161,8 @@ class Project(Spec):
     search: Search = Search()
     budget: Budget = Budget()
     signing: Signing = Signing()
+    licence: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Of the model: an SPDX expression, for the bundle's SBOM."""
 
     @field_validator("name")
     @classmethod
