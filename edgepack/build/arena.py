@@ -31,9 +31,10 @@ from edgepack.bench.versus import SpeedRatio, VersusOrder, compare_on
 from edgepack.build.execute import Workbench, model_files
 from edgepack.build.planner import BuildPlan
 from edgepack.bundle.bundle import Bundle
+from edgepack.errors import UnsupportedError
 from edgepack.judge.compare import Run
 from edgepack.judge.saturation import SaturatingModel
-from edgepack.judge.session import Remote, RuntimeSession
+from edgepack.judge.session import ModelDoesNotRunError, Remote, RuntimeSession
 from edgepack.protocol import RUNNER_PATH, Kernels, ModelRef, RunnerClient
 from edgepack.spec.target import Target
 from edgepack.store import StepRecord, digest_json, storage_errors
@@ -87,7 +88,7 @@ class Here:
         with bench.store.workspace() as folder:
             files = model_files(made.record, bench.store, folder)
             if recipe.emulate_saturation:
-                yield SaturatingModel(onnx.load_model_from_string(files["model"].read_bytes())).run
+                yield _saturating(files["model"]).run
                 return
             with bench.session(recipe.runtime, made.plan.runtime_version, recipe.judge_options) as session:
                 yield lambda feeds: session.run(files, feeds)
@@ -125,6 +126,16 @@ class Here:
             options=dict(recipe.device_options),
             threads=made.plan.target.bench.threads,
         )
+
+
+def _saturating(model: Path) -> SaturatingModel:
+    try:
+        found = SaturatingModel(onnx.load_model_from_string(model.read_bytes()))
+    except UnsupportedError as error:  # of a candidate, which is no reason to end the build
+        raise ModelDoesNotRunError(str(error)) from error
+    if not found.layers:
+        raise ModelDoesNotRunError("nothing in it is computed in integers as the emulation knows them")
+    return found
 
 
 Pack = Callable[[Made, Path], Bundle]

@@ -30,7 +30,7 @@ from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnr
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced
+from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced, smaller_input
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -125,6 +125,7 @@ class _Search:
             if place == last_static:
                 self._refine()
                 self._narrow()
+                self._shrink()
                 self._mix()
         chosen = self._choose()
         return Found(
@@ -265,6 +266,17 @@ class _Search:
         whole = best.plan.recipe if price is None else priced(price / 2, best.plan.target.numerics.weight_bits)
         for share in MACS_SHARES:
             candidate = self._add(self.setting.plan_of(narrowed(whole, share)), base=best.base)
+            self._try(candidate)
+            if candidate.outcome != "kept":
+                return
+
+    def _shrink(self) -> None:
+        """Let the best so far see its input smaller, where the project allows it, as long as it holds."""
+        best = next((c for c in self._holding() if c.is_static), None)
+        if self.setting.search.objective == "size" or best is None:
+            return
+        for share in sorted(self.setting.search.resolutions, reverse=True):
+            candidate = self._add(self.setting.plan_of(smaller_input(best.plan.recipe, share)), base=best.base)
             self._try(candidate)
             if candidate.outcome != "kept":
                 return
