@@ -354,7 +354,7 @@ class _Job:
         """(what chooses, what gates)."""
         data, seed = self.opened.evaluation, self.opened.project.search.seed
         parts = split(data, seed)
-        return parts if judge.can_prove(len(parts[1])) else split(data, seed, UNPROVED_SHARE)
+        return parts if judge.has_to_prove(len(parts[1])) else split(data, seed, UNPROVED_SHARE)
 
     def _search_with(self, judge: Judge, plans: Sequence[BuildPlan]) -> tuple[Shipment, dict[str, Json]]:
         opened, search = self.opened, self.opened.project.search

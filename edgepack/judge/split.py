@@ -19,7 +19,7 @@ from edgepack.judge.data_set import DataSet
 SELECTION_SHARE = 0.25
 """Choosing needs less than proving: it may be wrong, the gate may not."""
 UNPROVED_SHARE = 0.5
-"""Where the gate has too few samples to prove anything: what chooses badly then ships nothing."""
+"""Where the gate has too few samples to prove anything, or need not: what chooses badly then ships nothing."""
 MOST_SELECTION = 2000
 """The drop of a share then has a standard error below a tenth of a point where a fiftieth of the answers change."""
 
