@@ -38,7 +38,7 @@ from edgepack.errors import (
 from edgepack.judge import robustness_report
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.gate import raise_for
-from edgepack.judge.split import split
+from edgepack.judge.split import UNPROVED_SHARE, split
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassDefect, read_onnx
 from edgepack.protocol import RUNNER_PATH
@@ -360,10 +360,16 @@ class _Job:
         with self._judge() as judge:
             return self._search_with(judge, plans)
 
+    def _split(self, judge: Judge) -> tuple[DataSet, DataSet]:
+        """(what chooses, what gates)."""
+        data, seed = self.opened.evaluation, self.opened.project.search.seed
+        parts = split(data, seed)
+        return parts if judge.has_to_prove(len(parts[1])) else split(data, seed, UNPROVED_SHARE)
+
     def _search_with(self, judge: Judge, plans: Sequence[BuildPlan]) -> tuple[Shipment, dict[str, Json]]:
         opened, search = self.opened, self.opened.project.search
         baseline = self._make(self.plan(self.baseline()))
-        chooses, gates = split(opened.evaluation, search.seed) if len(plans) > 1 else (None, opened.evaluation)
+        chooses, gates = self._split(judge) if len(plans) > 1 else (None, opened.evaluation)
         setting = Setting(
             judge=judge,
             plans=plans,
