@@ -70,6 +70,8 @@ class BuildOptions:
     measure_speed: bool = True
     """False: never, also where this machine is of the target's kind."""
     signers: tuple[Signer, ...] = ()
+    locked_only: bool = False
+    """Make what edgepack.lock says and nothing else, and leave the lock as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +273,11 @@ class _Job:
         found = None if self.options.relock else read_lock(lock).get(name)
         key = search_key(plans, self.opened.project)
         locked = found if found is not None and _vouches(found, key) else None
+        if locked is None and self.options.locked_only:
+            raise InputError(
+                f"{lock}: has no build of {self.target.name} by this project, edgepack and toolchains; it has to be "
+                "the lock that the bundle was built with"
+            )
         if locked is not None and _is_whole(path, locked):
             return self._unchanged(path, locked, self._plan_from(locked, plans))
         if locked is None:
@@ -463,7 +470,7 @@ class _Job:
             bundle=bundle.payload_sha256(),
             bundle_bytes=bundle.size_bytes,
         )
-        if entry != found:
+        if entry != found and not self.options.locked_only:
             update_lock(lock[0], lock[1], entry, self.bench.store.folder)
         return self._built(path, entry, shipment.plan, cached=False)
 

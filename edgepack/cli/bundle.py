@@ -97,6 +97,47 @@ def diff(
         typer.echo(difference_page(found))
 
 
+@app.command("rebuild")
+def rebuild(
+    path: BundlePath,
+    project: Annotated[Path, typer.Option("--project", "-p", help="The project file it was built from.")] = Path(
+        "edgepack.toml"
+    ),
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="The target, where its name is not enough: a .toml file.")
+    ] = None,
+    key: KeyOption = None,
+    threshold: ThresholdOption = 1,
+    rotation: RotationOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build a bundle again from its recorded inputs, in an empty cache, and compare byte for byte.
+
+    Model, data and edgepack.lock have to be those that it was built from. Signatures are left out of the comparison.
+    Exit code 8 where the new bundle differs, after what differs was printed.
+
+    \b
+    Examples:
+      edgepack bundle rebuild dist/fashion-mnist-rpi4.edgepack
+      edgepack bundle rebuild B.edgepack --project edgepack.toml --key keys/release.pem.pub --json
+    """
+    from dataclasses import asdict
+
+    from edgepack.build.rebuild import rebuild as build_again
+    from edgepack.errors import VerificationError
+    from edgepack.report.bundles import difference_page
+
+    found = build_again(open_trusted(path, key, threshold, rotation), project, target=target, say=say)
+    if as_json:
+        show_json({"path": str(path), **asdict(found)})
+    elif found.identical:
+        typer.echo(f"{path}: built again, and every byte is the same (sha256 {found.sha256} without signatures)")
+    else:
+        typer.echo(f"{path}: built again, and it differs\n{difference_page(found.difference)}")
+    if not found.identical:
+        raise typer.Exit(VerificationError.exit_code)
+
+
 @app.command("run")
 def run(
     path: BundlePath,

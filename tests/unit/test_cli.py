@@ -32,6 +32,7 @@ COMMANDS = [
     ["bundle", "inspect"],
     ["bundle", "unpack"],
     ["bundle", "diff"],
+    ["bundle", "rebuild"],
     ["bundle", "run"],
     ["bundle", "sign"],
     ["bundle", "verify"],
