@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgepack.coding.files import DECODER_PATH
 from edgepack.errors import ToolchainError
 from edgepack.protocol import RUNNER_PATH, ModelRef, RunnerClient
 from edgepack.runtimes.environment import host_python
@@ -175,6 +176,7 @@ def test_litert_runs_with_what_a_bundle_brings_of_it(tmp_path: Path) -> None:
         files={"model": str(made / "model.tflite"), "layout": str(made / "model.layout")},
         options={},
     )
+    _decodes(folder)
     source = tmp_path / "x.npz"
     np.savez(source, x=np.ones((1, 3, 8, 8), np.float32))
     with start(tmp_path) as runner:
@@ -185,8 +187,17 @@ def test_litert_runs_with_what_a_bundle_brings_of_it(tmp_path: Path) -> None:
     assert sizes["ai-edge-litert"] < 5e6
 
 
+def _decodes(folder: str) -> None:
+    """The decoder of coded models comes with a bundle, and finds what it imports in the same folder."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import runpy; runpy.run_path(sys.argv[2], run_name='decoder')"
+    argv = [sys.executable, "-I", "-S", "-c", code, folder, str(DECODER_PATH)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def _infers(model: ModelRef, folder: Path) -> None:
     """Outputs as numpy computes them, and the profiler, which loads more of a runtime than inference does."""
+    _decodes(model.lib)
     arrays = feeds(2)
     np.savez(folder / "in.npz", x=arrays["x"])
     with start(folder) as runner:
