@@ -18,11 +18,13 @@ from edgepack.build.execute import Workbench, execute, model_files, steps_taken
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Judge, golden
 from edgepack.build.lock import Locked, lock_path, read_lock, update_lock, verdict_from
-from edgepack.build.packing import Shipment, budget_of, pack
+from edgepack.build.packing import Shipment, budget_of, device_of, pack
 from edgepack.build.planner import BuildPlan, PlanFacts, make_plan, search_key
 from edgepack.build.search import Found, Setting, find
 from edgepack.bundle.bundle import SUFFIX, Bundle, open_bundle
+from edgepack.bundle.keys import Signer
 from edgepack.bundle.manifest import SCHEMA
+from edgepack.bundle.signing import sign_bundle
 from edgepack.errors import (
     DefectError,
     EdgepackError,
@@ -40,6 +42,7 @@ from edgepack.judge.split import UNPROVED_SHARE, split
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassDefect, read_onnx
 from edgepack.protocol import RUNNER_PATH
+from edgepack.runtimes import slim
 from edgepack.runtimes.npu_compiler import has_npu_compiler
 from edgepack.runtimes.recipes import Recipe, Use, as_is_recipe, baseline_recipe, proposals, runtime_of
 from edgepack.spec.project import Objective
@@ -66,6 +69,7 @@ class BuildOptions:
     """None: this machine judges what it can."""
     measure_speed: bool = True
     """False: never, also where this machine is of the target's kind."""
+    signers: tuple[Signer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +172,8 @@ def chosen_targets(names: Sequence[str]) -> list[Target]:
 
 def plan_for(opened: OpenProject, target: Target, system: System, recipe: Recipe, bench: Workbench) -> BuildPlan:
     """The plan, from digests alone. Raises UnsupportedError where this target or machine cannot do it."""
-    pin = load_toolchain(recipe.runtime).release_for(target.machine, system.python, system.glibc)
+    toolchain = load_toolchain(recipe.runtime)
+    pin = toolchain.release_for(target.machine, system.python, system.glibc)
     passes = [PASSES[use.name] for use in recipe.passes]
     facts = PlanFacts(
         edgepack=f"{edgepack.__version__} {SCHEMA} {digest_file(RUNNER_PATH)}",
@@ -178,13 +183,18 @@ def plan_for(opened: OpenProject, target: Target, system: System, recipe: Recipe
         libraries={name: importlib.metadata.version(name) for each in passes for name in each.libraries},
         toolchains={each.toolchain: wheels_digest(bench.host_pin(each.toolchain)) for each in passes if each.toolchain},
         runtime_version=pin.release,
-        runtime_wheels=wheels_digest(pin),
+        runtime_wheels=shipped_digest(pin, toolchain.release_of(pin).kept(device_of(recipe))),
     )
     return make_plan(opened.project, target, system, recipe, facts)
 
 
 def wheels_digest(pin: Pin) -> str:
     return digest_json([wheel.sha256 for wheel in pin.wheels])
+
+
+def shipped_digest(pin: Pin, keep: slim.Keep) -> str:
+    """Of what a bundle takes from the wheels."""
+    return digest_json([wheels_digest(pin), slim.VERSION, {name: list(patterns) for name, patterns in keep.items()}])
 
 
 @dataclass(kw_only=True)
@@ -450,7 +460,7 @@ class _Job:
             verdict=shipment.verdict,
             judged_in=shipment.judged_in,
             evidence=shipment.evidence,
-            bundle=bundle.file_sha256(),
+            bundle=bundle.payload_sha256(),
             bundle_bytes=bundle.size_bytes,
         )
         if entry != found:
@@ -462,7 +472,8 @@ class _Job:
         return self._built(path, locked, plan, cached=True)
 
     def _built(self, path: Path, locked: Locked, plan: BuildPlan, *, cached: bool) -> Built:
-        manifest = open_bundle(path).manifest
+        signers = self.options.signers
+        manifest = (sign_bundle(path, signers) if signers else open_bundle(path)).manifest
         if manifest.target.name != self.target.name:
             raise VerificationError(f"{path}: is for {manifest.target.name}; expected {self.target.name}")
         return Built(
@@ -513,9 +524,7 @@ def _holds(facts: dict[str, Json] | None) -> bool:
 def _is_whole(path: Path, locked: Locked) -> bool:
     """Whether the bundle is there, byte for byte, and in a form that this version reads."""
     with storage_errors(path), contextlib.suppress(FileNotFoundError, InputError, VerificationError):
-        if path.is_file() and digest_file(path) == locked.bundle:
-            open_bundle(path)
-            return True
+        return path.is_file() and open_bundle(path).payload_sha256() == locked.bundle
     return False
 
 

@@ -127,6 +127,23 @@ class Budget(Spec):
     """p50 of one inference on the device."""
 
 
+class Signing(Spec):
+    """Who signs what is built."""
+
+    keys: tuple[str, ...] = ()
+    """Files of secret keys, or `env:NAME`: the environment variable that holds one."""
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """A program that gets what is to be signed on its standard input and writes 64 bytes of signature."""
+    public: str | None = None
+    """The public key that `command` signs with."""
+
+    @model_validator(mode="after")
+    def _command_and_its_key(self) -> Signing:
+        if (self.command is None) != (self.public is None):
+            raise ValueError("a signing command needs the public key it signs with, and the other way round")
+        return self
+
+
 class Project(Spec):
     """edgepack.toml."""
 
@@ -145,6 +162,9 @@ class Project(Spec):
     robustness: Robustness = Robustness()
     search: Search = Search()
     budget: Budget = Budget()
+    signing: Signing = Signing()
+    licence: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Of the model: an SPDX expression, for the bundle's SBOM."""
 
     @field_validator("name")
     @classmethod
