@@ -6,8 +6,8 @@ Runs on the device: Python 3.9, standard library only.
 """
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
-# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH105, PTH106, PTH107, PTH108, PTH109, PTH110, PTH111, PTH112, PTH113
-# ruff: noqa: PTH114, PTH115, PTH116, PTH117, PTH118, PTH119, PTH120, PTH123, PTH202, PTH208, PTH211
+# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112
+# ruff: noqa: PTH115, PTH118, PTH120, PTH123, PTH208, PTH211
 
 from __future__ import annotations
 

@@ -111,6 +111,13 @@ def accept(trusted: Trusted, offer: Offer, now_s: float, verify: Verify) -> Trus
     return new
 
 
+def follow_roots(trusted: Trusted, roots: Sequence[bytes], verify: Verify) -> Trusted:
+    """`trusted` with the last of `roots`, each signed by the one before. Raises Untrusted."""
+    new = trusted.copy()
+    _accept_roots(new, roots, verify)
+    return new
+
+
 def _accept_roots(new: Trusted, roots: Sequence[bytes], verify: Verify) -> None:
     """Each new root is signed by the keys of the one before and by its own (section 5.3)."""
     if len(roots) > MAX_ROOTS:
@@ -166,7 +173,7 @@ def _accept_snapshot(new: Trusted, data: bytes, now_s: float, verify: Verify) ->
 def _accept_delegated(new: Trusted, role: str, data: bytes, now_s: float, verify: Verify) -> None:
     delegations = new.signed["targets"].get("delegations")
     found = [each for each in delegations["roles"] if each["name"] == role] if delegations else []
-    if not found:
+    if not delegations or not found:
         raise Untrusted("unlisted", "targets delegates nothing to %.60r" % role)
     _accept_targets(new, role, data, {"keys": delegations["keys"], "roles": {role: found[0]}}, now_s, verify)
     for path in new.signed[role]["targets"]:
@@ -283,7 +290,7 @@ WHO = {"keyids": [str], "threshold": COUNT}
 LISTED = {"version": COUNT, "length?": COUNT, "hashes?": {"sha256": str}}
 COMMON = {"_type": str, "spec_version": str, "version": COUNT, "expires": str}
 SHAPES: Dict[str, Json] = {
-    "root": {"keys": KEYS, "roles": {role: WHO for role in TOP_ROLES}, "consistent_snapshot?": bool},
+    "root": {"keys": KEYS, "roles": dict.fromkeys(TOP_ROLES, WHO), "consistent_snapshot?": bool},
     "timestamp": {"meta": {"snapshot.json": LISTED}, SIGNED_AT + "?": str},
     "snapshot": {"meta": {"*": LISTED}},
     "targets": {
