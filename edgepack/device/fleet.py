@@ -35,7 +35,7 @@ signed, whichever is later (docs/fleet.md).
 """
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
-# ruff: noqa: PTH112, PTH118, PTH123, PTH208, PTH100
+# ruff: noqa: PTH112, PTH118, PTH123, PTH208, PTH100, PTH119, PTH111
 # The request is refused where the mistake is found, also inside the try that turns a refusal into an answer:
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ KINDS = (
 class Device:
     """One device's folder, and what may be done there. `now_s` is the system's clock."""
 
-    def __init__(self, root: str, disk: Disk, prove_release: Optional[Prove] = None,
-                 now_s: Callable[[], float] = time.time, say: Callable[[str], None] = lambda _: None) -> None:  # fmt: skip
-        self.root, self.disk, self._now_s, self.say = root, disk, now_s, say
+    def __init__(
+        self, root: str, disk: Disk, prove_release: Optional[Prove] = None, now_s: Callable[[], float] = time.time
+    ) -> None:
+        self.root, self.disk, self._now_s = root, disk, now_s
+        self.say: Callable[[str], None] = lambda _: None
         self.settings = read_settings(root)
         self.prove = prove_release or (lambda new, before, terms: prove(new, before, terms, emulated=self.emulated))
         self.store = Store(disk, root)
@@ -140,7 +142,7 @@ class Device:
     # --- products ---
 
     def product(self, name: str) -> Product:
-        return Product(self.store, name, self.settings.get("hooks", {}).get(name, {}), self.say)
+        return Product(self.store, name, self.settings.get("hooks", {}).get(name, {}), lambda stage: self.say(stage))
 
     def products(self) -> List[Product]:
         folder = os.path.join(self.root, "products")

@@ -181,7 +181,9 @@ def _accept_delegated(new: Trusted, role: str, data: bytes, now_s: float, verify
             raise Untrusted("unlisted", "%.60r signs %.120r, which is not its own" % (role, path))
 
 
-def _accept_targets(new: Trusted, role: str, data: bytes, delegator: Json, now_s: float, verify: Verify) -> None:
+def _accept_targets(  # noqa: PLR0917
+    new: Trusted, role: str, data: bytes, delegator: Json, now_s: float, verify: Verify
+) -> None:
     """`delegator` has the keys, and the role's keyids and threshold."""
     meta = new.signed["snapshot"]["meta"]
     if role + ".json" not in meta:
@@ -304,16 +306,8 @@ SHAPES: Dict[str, Json] = {
 
 
 def _shape(value: Any, shape: Any, where: str) -> None:
-    """Raises Untrusted unless `value` is of a shape: a type, COUNT, [shape of each], {key: shape}; `?` may be absent."""
-    if shape is COUNT:
-        fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**15
-    elif isinstance(shape, list):
-        fits = isinstance(value, list)
-    elif isinstance(shape, dict):
-        fits = isinstance(value, dict)
-    else:
-        fits = isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
-    if not fits:
+    """Raises Untrusted unless `value` is of a shape: a type, COUNT, [shape of each], {key: shape}; ?: optional."""
+    if not _fits(value, shape):
         raise Untrusted("malformed", "%.160s is %.60r" % (where, value))
     if isinstance(shape, list):
         for item in value:
@@ -328,6 +322,13 @@ def _shape(value: Any, shape: Any, where: str) -> None:
                 _shape(value[key], inner, where + "." + key)
             elif key == name:
                 raise Untrusted("malformed", "%.160s has no %s" % (where, name))
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if shape is COUNT:
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 10**15
+    kind = type(shape) if isinstance(shape, (list, dict)) else shape
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _no_deeper(value: Any, role: str, levels: int) -> None:
