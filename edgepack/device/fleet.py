@@ -142,7 +142,7 @@ class Device:
     # --- products ---
 
     def product(self, name: str) -> Product:
-        return Product(self.store, name, self.settings.get("hooks", {}).get(name, {}), lambda stage: self.say(stage))
+        return Product(self.store, name, self.settings.get("hooks", {}).get(name, {}), self.say)
 
     def products(self) -> List[Product]:
         folder = os.path.join(self.root, "products")
