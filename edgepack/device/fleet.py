@@ -18,7 +18,7 @@ KIND is one of: bad-request; busy (another installer is at work); untrusted (met
 `why` has metadata.KINDS); unsuitable (the bundle is for another device); older (below what is installed, or below the
 floor); space; missing; corrupt; storage; internal.
 
-status   {} -> {name, target, emulated, clock_s, python, versions: {role: n}, free_bytes,
+status   {} -> {name, target, emulated, clock_s, os: [id, version], python, versions: {role: n}, free_bytes,
                 products: {NAME: {confirmed, previous, pending, failed, floor, current, releases: [id]}}}
          Reads only, and needs no lock.
 trust    {roots: [text], files: {role: text}} -> {versions, clock_s}      believed from then on, or nothing of it
@@ -177,6 +177,7 @@ class Device:
             "target": self.settings["target"],
             "emulated": self.emulated,
             "clock_s": max(self._now_s(), signed_at_s),
+            "os": list(os_release()),
             "python": platform.python_version(),
             "versions": _versions(trusted),
             "free_bytes": space.f_bavail * space.f_frsize,
