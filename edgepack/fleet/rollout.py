@@ -1,4 +1,4 @@
-"""What to do next in a rollout: pure, from the plan and what is known of each device. No clock, no network, no files."""
+"""What to do next in a rollout: pure, from the plan and what is known of each device. No clock, network or file."""
 
 from __future__ import annotations
 
@@ -135,20 +135,33 @@ def _judge(
         return "aborted", f"{share}; at most {policy.max_failed_share:.1%} may"
     if word.paused:
         return "paused", "an operator said so"
-    if failed > word.excused_failed and failed > policy.max_failed_share * tried:
-        return (
-            "paused",
-            f"{failed} of {tried} failed; too few to tell whether more than {policy.max_failed_share:.1%} do",
-        )
-    reached = tried + unreachable
-    if unreachable > word.excused_unreachable:
-        lost, _ = wilson(unreachable, reached, policy.confidence)
-        if lost > policy.max_unreachable_share:
-            limit = f"at most {policy.max_unreachable_share:.1%} may be"
-            return "paused", f"{unreachable} of {reached} cannot be reached: at least {lost:.1%}; {limit}"
-    if slowest is not None and policy.max_p90_ratio is not None and slowest > policy.max_p90_ratio:
-        return "paused", f"the slowest twentieth takes {slowest:.2f} times as long; at most {policy.max_p90_ratio:g}"
-    return "running", ""
+    doubts = [
+        _failing(policy, failed, tried) if failed > word.excused_failed else "",
+        _unreachable(policy, unreachable, tried + unreachable) if unreachable > word.excused_unreachable else "",
+        _slow(policy, slowest),
+    ]
+    why = next(filter(None, doubts), "")
+    return ("paused", why) if why else ("running", "")
+
+
+def _failing(policy: Waves, failed: int, tried: int) -> str:
+    if failed <= policy.max_failed_share * tried:
+        return ""
+    return f"{failed} of {tried} failed; too few to tell whether more than {policy.max_failed_share:.1%} do"
+
+
+def _unreachable(policy: Waves, unreachable: int, reached: int) -> str:
+    low, _ = wilson(unreachable, reached, policy.confidence)
+    if low <= policy.max_unreachable_share:
+        return ""
+    limit = f"at most {policy.max_unreachable_share:.1%} may be"
+    return f"{unreachable} of {reached} cannot be reached: at least {low:.1%}; {limit}"
+
+
+def _slow(policy: Waves, slowest: float | None) -> str:
+    if slowest is None or policy.max_p90_ratio is None or slowest <= policy.max_p90_ratio:
+        return ""
+    return f"the slowest twentieth takes {slowest:.2f} times as long; at most {policy.max_p90_ratio:g}"
 
 
 def _slowest(members: Sequence[Report]) -> float | None:
