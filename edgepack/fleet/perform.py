@@ -108,8 +108,7 @@ def _visit(field: Field, name: str, stage: Stage, act: Callable[[Installer, Tran
             root = field.root(name)
             with Installer.start(transport, root, stage=lambda what: stage(name, what)) as installer:
                 status = installer.status()
-                if status.name != name:
-                    raise Unfit(f"{name}: the device at this address was provisioned as {status.name}")
+                _check_name(name, status)
                 _believe(field, installer, status)
                 return act(installer, transport, status)
     except (Unfit, VerificationError) as error:
@@ -120,6 +119,11 @@ def _visit(field: Field, name: str, stage: Stage, act: Callable[[Installer, Tran
         return Report(state="unreachable", stage="connection", reason=str(error))
     except EdgepackError as error:
         return Report(state="failed", stage=error.kind, reason=str(error))
+
+
+def _check_name(name: str, status: Status) -> None:
+    if status.name != name:
+        raise Unfit(f"{name}: the device at this address was provisioned as {status.name}")
 
 
 def _believe(field: Field, installer: Installer, status: Status) -> None:
@@ -238,7 +242,7 @@ def run_rollout(
                     break
 
 
-def _settle(
+def _settle(  # noqa: PLR0917
     outcome: tuple[str, Report] | BaseException,
     field: Field,
     ledger: Ledger,

@@ -103,11 +103,12 @@ class Ledger:
             word = replace(self.words().get(lane, Word()), **changes)  # type: ignore[arg-type]
             self._run("INSERT OR REPLACE INTO words VALUES (?, ?)", lane, _dump(word))
 
-    def take_up(self) -> None:
-        """What a killed process left at work, and what could not be reached, waits again."""
+    def take_up(self, *, again: bool = False) -> None:
+        """What a killed process left at work, and what could not be reached, waits again; `again`: what failed too."""
+        states = ("busy", "unreachable", *(("failed",) if again else ()))
         with self._transaction():
             for name, report in self.reports().items():
-                if report.state in ("busy", "unreachable"):
+                if report.state in states:
                     self.report(name, replace(report, state="waiting", attempts=0))
 
     def _at(self) -> str:
