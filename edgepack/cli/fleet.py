@@ -44,7 +44,7 @@ def init(
     from edgepack.fleet.state import utc_now
 
     made = make(fleet, name, product or [], now=utc_now(), root_keys=root_keys, threshold=threshold)
-    Home(fleet).audit("init", products=sorted(made.products))
+    Home(fleet).audit("init", products=[*sorted(made.products)])
     if as_json:
         show_json({"fleet": str(fleet), "name": made.name, "products": sorted(made.products)})
     else:
@@ -220,6 +220,7 @@ def rollout(
     Examples:
       edgepack fleet rollout release-1/ --fleet fleet/ --inventory devices.toml
     """
+    from edgepack.errors import EdgepackError
     from edgepack.fleet.home import Home
     from edgepack.fleet.perform import run_rollout
     from edgepack.fleet.state import alone
@@ -239,7 +240,11 @@ def rollout(
         show_json(rollout_document(field.plan, action.lanes, reports))
     else:
         typer.echo(rollout_page(field.plan, action.lanes, reports))
-    require_rolled_out(field.plan, action.lanes, reports)
+    try:
+        require_rolled_out(field.plan, action.lanes, reports)
+    except EdgepackError as error:  # after its result, as `bench` has it
+        say(f"edgepack: error: {error}")
+        raise typer.Exit(error.exit_code) from error
 
 
 @app.command("status")
@@ -321,19 +326,17 @@ def _say(release: Path, fleet: Path, target: str | None, what: str) -> None:
         lanes = next_action(made, ledger.reports(), ledger.words(), room=0).lanes
         for name in made.lanes if target is None else [target]:
             lane = lanes[name]
-            ledger.say(
-                name,
-                **{
-                    "pause": {"paused": True},
-                    "abort": {"aborted": True},
-                    "approve": {"approved": lane.wave},
-                    "resume": {
-                        "paused": False,
-                        "excused_failed": lane.counts["failed"],
-                        "excused_unreachable": lane.counts["unreachable"],
-                    },
-                }[what],
-            )
+            changes: dict[str, dict[str, bool | int]] = {
+                "pause": {"paused": True},
+                "abort": {"aborted": True},
+                "approve": {"approved": lane.wave},
+                "resume": {
+                    "paused": False,
+                    "excused_failed": lane.counts["failed"],
+                    "excused_unreachable": lane.counts["unreachable"],
+                },
+            }
+            ledger.say(name, **changes[what])
             home.audit(what, release=made.release, target=name)
     typer.echo(f"{made.release}: {what}: {target or ', '.join(made.lanes)}")
 

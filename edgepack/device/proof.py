@@ -136,7 +136,7 @@ class Runner:
 def prove(new: str, before: Optional[str], terms: Json, *, emulated: bool) -> Json:
     """What was measured. Raises Failed; its stage says which of the terms was broken.
 
-    terms: {seconds: of each of four turns, p90_ratio, memory_ratio, max_temperature_c}, each ratio over the release
+    terms, numbers as text since floats cannot be signed: {seconds: of each of four turns, p90_ratio, memory_ratio, max_temperature_c}, each ratio over the release
     before. On an emulated device time means nothing, and only health is judged.
     """
     with Runner(new, EMULATED_PATIENCE if emulated else 1.0) as runner:
@@ -160,7 +160,7 @@ def prove(new: str, before: Optional[str], terms: Json, *, emulated: bool) -> Js
                 message = "%s is %.2f times that of the release before; at most %g" % (key, ratio, limit)
                 raise Failed(stage, message)
     if report["temperature_c"] is not None and report["temperature_c"] > float(terms["max_temperature_c"]):
-        limits = (report["temperature_c"], terms["max_temperature_c"])
+        limits = (report["temperature_c"], float(terms["max_temperature_c"]))
         raise Failed("temperature", "%.1f degrees C after it ran; at most %g" % limits)
     return report
 

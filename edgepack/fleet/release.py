@@ -130,7 +130,7 @@ def pack(
             "sequence": sequences[product],
             "floor": kept[product],
             "release": release_id,
-            "terms": dict(fleet.proof.model_dump()),
+            "terms": {key: f"{value:g}" for key, value in fleet.proof.model_dump().items()},  # no floats are signed
         }
         entries: dict[str, Entry] = {}
         for bundle in found:
