@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ from edgepack.cli.output import JsonFlag, columns, say, show_json
 
 if TYPE_CHECKING:
     from edgepack.fleet.perform import Field
+    from edgepack.fleet.plan import Plan
+    from edgepack.fleet.rollout import Action, Report
     from edgepack.fleet.state import Ledger
     from edgepack.spec.inventory import Inventory
 
@@ -220,31 +223,10 @@ def rollout(
     Examples:
       edgepack fleet rollout release-1/ --fleet fleet/ --inventory devices.toml
     """
-    from edgepack.errors import EdgepackError
-    from edgepack.fleet.home import Home
-    from edgepack.fleet.perform import run_rollout
-    from edgepack.fleet.state import alone
-    from edgepack.report.fleet import Live, require_rolled_out, rollout_document, rollout_page
+    from edgepack.report.fleet import require_rolled_out
 
-    home = Home(fleet)
-    field, loaded = _field(release, fleet, inventory, again=again)
-    path = home.ledger_path(field.release)
-    with alone(path), home.ledger(field.release) as ledger:
-        field = _as_begun(field, ledger, loaded)
-        ledger.take_up(again=again)
-        home.audit("rollout", release=field.plan.release)
-        with Live(field.plan) as live:
-            action = run_rollout(field, ledger, home.audit, changed=live.show)
-        reports = ledger.reports()
-    if as_json:
-        show_json(rollout_document(field.plan, action.lanes, reports))
-    else:
-        typer.echo(rollout_page(field.plan, action.lanes, reports))
-    try:
-        require_rolled_out(field.plan, action.lanes, reports)
-    except EdgepackError as error:  # after its result, as `bench` has it
-        say(f"edgepack: error: {error}")
-        raise typer.Exit(error.exit_code) from error
+    made, action, reports = _roll(release, fleet, inventory, again=again, as_json=as_json)
+    _end(lambda: require_rolled_out(made, action.lanes, reports))
 
 
 @app.command("status")
@@ -308,7 +290,46 @@ def rollback(
       edgepack fleet rollback release-1/ --fleet fleet/ --inventory devices.toml --target rpi4
     """
     _say(release, fleet, target, "abort")
-    rollout(release, fleet, inventory, again=False, as_json=as_json)
+    from edgepack.report.fleet import require_rolled_back
+
+    made, _, reports = _roll(release, fleet, inventory, again=False, as_json=as_json)
+    _end(lambda: require_rolled_back(made, reports))
+
+
+def _roll(
+    release: Path, fleet: Path, inventory: Path, *, again: bool, as_json: bool
+) -> tuple[Plan, Action, Mapping[str, Report]]:
+    from edgepack.fleet.home import Home
+    from edgepack.fleet.perform import run_rollout
+    from edgepack.fleet.state import alone
+    from edgepack.report.fleet import Live, rollout_document, rollout_page
+
+    home = Home(fleet)
+    field, loaded = _field(release, fleet, inventory, again=again)
+    path = home.ledger_path(field.release)
+    with alone(path), home.ledger(field.release) as ledger:
+        field = _as_begun(field, ledger, loaded)
+        ledger.take_up(again=again)
+        home.audit("rollout", release=field.plan.release)
+        with Live(field.plan) as live:
+            action = run_rollout(field, ledger, home.audit, changed=live.show)
+        reports = ledger.reports()
+    if as_json:
+        show_json(rollout_document(field.plan, action.lanes, reports))
+    else:
+        typer.echo(rollout_page(field.plan, action.lanes, reports))
+    return field.plan, action, reports
+
+
+def _end(demand: Callable[[], None]) -> None:
+    """The error after the result, as `bench` has it."""
+    from edgepack.errors import EdgepackError
+
+    try:
+        demand()
+    except EdgepackError as error:
+        say(f"edgepack: error: {error}")
+        raise typer.Exit(error.exit_code) from error
 
 
 def _say(release: Path, fleet: Path, target: str | None, what: str) -> None:
@@ -338,7 +359,7 @@ def _say(release: Path, fleet: Path, target: str | None, what: str) -> None:
             }
             ledger.say(name, **changes[what])
             home.audit(what, release=made.release, target=name)
-    typer.echo(f"{made.release}: {what}: {target or ', '.join(made.lanes)}")
+    say(f"{made.release}: {what}: {target or ', '.join(made.lanes)}")
 
 
 def _field(release: Path, fleet: Path, inventory: Path, *, again: bool) -> tuple[Field, Inventory]:

@@ -350,7 +350,8 @@ class Session:
 
     def answer(self, line: bytes) -> None:
         try:
-            self._write({"id": self._id, "ok": True, "result": self._obey(line)})
+            result = self._obey(line)
+            self._write({"id": self._id, "ok": True, "result": result})
         except Refused as error:
             self._fail(error.kind, str(error))
         except OSError as error:

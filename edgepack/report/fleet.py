@@ -87,6 +87,14 @@ def require_rolled_out(plan: Plan, lanes: Mapping[str, Lane], reports: Mapping[s
         )
 
 
+def require_rolled_back(plan: Plan, reports: Mapping[str, Report]) -> None:
+    """Raises DeviceError where a device may still have the release."""
+    left = sorted(name for name, each in reports.items() if each.state in ("installed", "unreachable", "failed"))
+    stays = sorted(name for name, each in reports.items() if each.stage == "stays")
+    if left or stays:
+        raise DeviceError(f"{plan.release}: not gone back, or not known to be: {', '.join(left + stays)}")
+
+
 def _row(target: str, lane: Lane) -> tuple[str, ...]:
     wave = f"{min(lane.wave + 1, lane.waves)} of {lane.waves}"
     return (target, lane.state, wave, *(str(lane.counts[state]) for state in COUNTED))
