@@ -36,7 +36,6 @@ class Bench:
         self.capsys.readouterr()
         code = run(["fleet", *words])
         captured = self.capsys.readouterr()
-        print(captured.err)
         return code, json.loads(captured.out) if "--json" in words else captured.out
 
     def pack(self, number: int, **bundle: Any) -> str:
