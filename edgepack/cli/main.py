@@ -17,6 +17,7 @@ from edgepack.cli import (
     fleet,
     history,
     init,
+    key,
     report,
     targets,
     techniques,
@@ -45,6 +46,7 @@ app.command("export")(export.export)
 app.add_typer(targets.app, name="targets")
 app.add_typer(toolchain.app, name="toolchain")
 app.add_typer(bundle.app, name="bundle")
+app.add_typer(key.app, name="key")
 app.add_typer(device.app, name="device")
 app.add_typer(history.app, name="history")
 app.add_typer(fleet.app, name="fleet")
