@@ -137,7 +137,8 @@ def prove(new: str, before: Optional[str], terms: Json, *, emulated: bool) -> Js
     """What was measured. Raises Failed; its stage says which of the terms was broken.
 
     terms: {seconds: of each of four turns, p90_ratio, memory_ratio, max_temperature_c}, each ratio over the release
-    before; numbers as text, since no floats are signed. On an emulated device time means nothing, and only health is judged.
+    before; numbers as text, since no floats are signed. On an emulated device time means nothing, and only health is
+    judged.
     """
     with Runner(new, EMULATED_PATIENCE if emulated else 1.0) as runner:
         report: Json = {"sqnr_db": runner.health()}
