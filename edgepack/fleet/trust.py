@@ -6,13 +6,14 @@ metadata/timestamp.json, snapshot.json, targets.json, PRODUCT.json
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from securesystemslib.signer import Key as TufKey
-from tuf.api.exceptions import RepositoryError
+from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
@@ -157,7 +158,8 @@ class Repository:
         for keyid in before.roles["root"].keyids:
             public = before.keys[keyid].keyval["public"]
             if keyid not in metadata.signatures and public in known:
-                metadata.sign(KeySigner(known[public], self._folder), append=True)
+                with contextlib.suppress(UnsignedMetadataError):  # too few are told of below
+                    metadata.sign(KeySigner(known[public], self._folder), append=True)
         try:
             before.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
         except RepositoryError as error:
@@ -216,8 +218,10 @@ class Repository:
         for signer in signers:
             try:
                 metadata.sign(signer, append=True)
-            except InputError as error:
-                refused.append(error)
+            except UnsignedMetadataError as error:
+                if not isinstance(error.__cause__, InputError):
+                    raise
+                refused.append(error.__cause__)
         needed = self._fleet.roles.root.threshold if threshold is None else threshold
         if len(metadata.signatures) < needed:
             reasons = "\n".join(map(str, refused))
