@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.edgepack-ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test check test-full test-npu bench golden update-toolchains format clean
+.PHONY: help demo test check test-full test-npu fuzz bench golden update-toolchains format clean
 
 help:
 	@echo "make demo       build the example for three families of hardware, and benchmark it here"
@@ -12,6 +12,7 @@ help:
 	@echo "make check      ruff, mypy, import-linter"
 	@echo "make test-full  the long suites: emulated devices (needs root)"
 	@echo "make test-npu   blobs for Intel's NPUs, compiled in Wine (needs root, or wine64 installed)"
+	@echo "make fuzz       ten thousand seeded mutations of what is read from others"
 	@echo "make bench      the claims on speed, size and memory, as ratios, beside other quantisers"
 	@echo "make golden     rewrite the golden plans"
 	@echo "make update-toolchains   renew the pinned wheels"
@@ -44,6 +45,9 @@ test-npu: $(READY)
 	@test -x /usr/lib/wine/wine64 || command -v wine64 >/dev/null || { \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends wine64 >/dev/null; }
 	$(PYTEST) -m npu
+
+fuzz: $(READY)
+	EDGEPACK_MUTATIONS=10000 $(PYTEST) tests/fuzz
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.agreement --output docs/benchmarks/agreement.md

@@ -7,7 +7,7 @@
     ├── GateMissedError           5   accuracy, size, memory or latency is beyond its limit
     ├── GateUnresolvedError       6   too few samples to tell whether the gate holds
     ├── DeviceError               7   a device is unreachable, or failed while it worked for us
-    ├── VerificationError         8   a bundle is not what its manifest says
+    ├── VerificationError         8   a bundle is not what its manifest says, or not signed
     ├── StorageError              9   a file or folder here cannot be written
     ├── ToolchainError           10   a runtime or a converter could not be fetched or failed
     └── DefectError              70   edgepack broke a promise of its own

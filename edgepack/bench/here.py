@@ -1,4 +1,4 @@
-"""What this machine lacks of a target, without asking anybody."""
+"""How this machine differs from a target, without asking anybody."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def missing_here(target: Target) -> tuple[str, ...]:
     if target.accelerator is not None and not set(target.accelerator.pci_ids) & set(_accelerators()):
         missing.append(f"{target.accelerator.kind} {target.accelerator.platform}")
     return tuple(missing)
+
+
+def newer_here(target: Target) -> tuple[str, ...]:
+    """Instructions that this machine has and `target` lacks, by which runtimes choose faster kernels."""
+    return tuple(flag for flag in target.cpu.newer_flags if flag in flags_here())
 
 
 def flags_here() -> frozenset[str]:

@@ -10,15 +10,20 @@ from pathlib import Path
 
 from edgepack.bundle.bundle import Bundle
 from edgepack.bundle.manifest import MANIFEST
-from edgepack.errors import DeviceError
+from edgepack.bundle.signing import Trust
+from edgepack.errors import DeviceError, VerificationError
 from edgepack.protocol import RUNNER_PATH, Coded, CodedFile, Installed, ModelRef, RunnerClient, RunnerError
 from edgepack.store import digest_file
 from edgepack.transports.base import Transport
 
 ROOT = ".edgepack"
 """Below the login's home folder: blobs/, bundles/ and runtimes/."""
-UNPACKED_PER_WHEEL_BYTE = 4
-"""onnxruntime 1.32.0 unpacks to 2.7 times its wheel, numpy 2.4.6 to 3.6, openvino 2026.4.1 to 3.0."""
+VERIFIER_PATH = RUNNER_PATH.with_name("verify.py")
+"""edgepack's own, whatever a bundle holds: it runs on the device before anything of the bundle does."""
+VERIFICATION_FAILED = 8
+"""Its exit code."""
+UNPACKED_PER_WHEEL_BYTE = 6
+"""What is shipped of ai-edge-litert 2.3.0 unpacks to 4.1 times its size, of openvino 2026.4.1 to 5.2."""
 
 UploadProgress = Callable[[str, int, int], None]
 """Called with (path in the bundle, bytes done, bytes in all)."""
@@ -44,18 +49,25 @@ class Place:
     """Absolute."""
     blobs: str
     runner: str
+    python: str
 
 
 def place_runner(transport: Transport, python: str, *, root: str = ROOT, runner: Path = RUNNER_PATH) -> Place:
     """Upload the runner by its digest unless it is there. Raises DeviceError."""
-    digest, blobs = digest_file(runner), f"{root}/blobs"
+    folder, path = _place_file(transport, python, f"{root}/blobs", runner)
+    return Place(root=folder.removesuffix("/blobs"), blobs=folder, runner=path, python=python)
+
+
+def _place_file(transport: Transport, python: str, blobs: str, file: Path) -> tuple[str, str]:
+    """The folder of blobs, absolute, and the path in it of `file`, which is uploaded unless it is there."""
+    digest = digest_file(file)
     state, folder = _prepare(transport, python, blobs, digest)
     if state == "absent":
-        transport.put(runner, f"{folder}/{digest}.part")
+        transport.put(file, f"{folder}/{digest}.part")
         state, folder = _prepare(transport, python, blobs, digest)
     if state != "present":
-        raise DeviceError(f"{transport.name}: the runner did not arrive whole in {folder}; is the disk full?")
-    return Place(root=folder.removesuffix("/blobs"), blobs=folder, runner=f"{folder}/{digest}")
+        raise DeviceError(f"{transport.name}: {file.name} did not arrive whole in {folder}; is the disk full?")
+    return folder, f"{folder}/{digest}"
 
 
 def _prepare(transport: Transport, python: str, blobs: str, digest: str) -> tuple[str, str]:
@@ -79,8 +91,15 @@ def install_bundle(
 ) -> Installed:
     """Upload what the device lacks and lay the bundle out there.
 
-    Raises DeviceError for a full disk, a broken connection or content that does not arrive whole.
+    Where the bundle has to be signed, the device verifies that first, by itself; only then is the rest sent. Each file
+    is compared with the manifest before it is opened.
+
+    Raises DeviceError for a full disk, a broken connection or content that does not arrive whole, VerificationError
+    where the device does not accept the signatures.
     """
+    if bundle.trust is not None:
+        _verify_there(bundle, bundle.trust, transport, place)
+        say(f"{transport.name}: accepts the bundle's signature")
     entries = {entry.sha256: (path, entry.bytes) for path, entry in bundle.manifest.files.items()}
     entries[bundle.digest] = (MANIFEST, len(bundle.manifest_bytes))
     states = runner.blobs(place.blobs, {digest: size for digest, (_, size) in entries.items()})
@@ -93,6 +112,31 @@ def install_bundle(
         partial, item = states[digest].partial_bytes, (digest, path, size)
         _upload(bundle, transport, runner, place=place, item=item, partial_bytes=partial, progress=progress)
     return runner.install(place.root, place.blobs, bundle.digest)
+
+
+def _verify_there(bundle: Bundle, trust: Trust, transport: Transport, place: Place) -> None:
+    assert bundle.signatures is not None  # it was found to be signed
+    with tempfile.TemporaryDirectory(prefix="edgepack-verify-") as folder:
+        files = {
+            MANIFEST: bundle.manifest_bytes,
+            "signatures": bundle.signatures,
+            **{f"key-{number}": key.pem for number, key in enumerate(trust.keys)},
+        }
+        paths = [VERIFIER_PATH]
+        for name, data in files.items():
+            paths.append(Path(folder, name))
+            paths[-1].write_bytes(data)
+        verifier, manifest, signatures, *keys = (
+            _place_file(transport, place.python, place.blobs, path)[1] for path in paths
+        )
+    argv = [place.python, "-I", "-S", verifier, manifest, signatures, str(trust.threshold), *keys]
+    done = transport.run(argv, timeout_s=300.0 if transport.emulated else 60.0)
+    if done.exit_code == 0:
+        return
+    reason = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"])[-1]
+    if done.exit_code == VERIFICATION_FAILED:
+        raise VerificationError(f"{transport.name}: refuses {bundle.path.name}: {reason}")
+    raise DeviceError(f"{transport.name}: the verifier ended with exit code {done.exit_code}: {reason}")
 
 
 def model_of(bundle: Bundle, installed: Installed, threads: int) -> ModelRef:

@@ -14,18 +14,27 @@ from typing import Protocol
 import onnx
 
 from edgepack.bench.contact import any_python
-from edgepack.bench.here import flags_here, missing_here
+from edgepack.bench.here import flags_here, missing_here, newer_here
 from edgepack.bench.install import Place, install_bundle, model_of, place_runner
 from edgepack.bench.lease import Lease, leased
-from edgepack.bench.machine import PROBE_COMMANDS, PROBE_FILES, Contact, check_machine, make_contact, read_machine
+from edgepack.bench.machine import (
+    PROBE_COMMANDS,
+    PROBE_FILES,
+    Contact,
+    Machine,
+    check_machine,
+    make_contact,
+    read_machine,
+)
 from edgepack.bench.ready import EMULATED_PATIENCE
 from edgepack.bench.versus import SpeedRatio, VersusOrder, compare_on
 from edgepack.build.execute import Workbench, model_files
 from edgepack.build.planner import BuildPlan
 from edgepack.bundle.bundle import Bundle
+from edgepack.errors import UnsupportedError
 from edgepack.judge.compare import Run
 from edgepack.judge.saturation import SaturatingModel
-from edgepack.judge.session import Remote, RuntimeSession
+from edgepack.judge.session import ModelDoesNotRunError, Remote, RuntimeSession
 from edgepack.protocol import RUNNER_PATH, Kernels, ModelRef, RunnerClient
 from edgepack.spec.target import Target
 from edgepack.store import StepRecord, digest_json, storage_errors
@@ -65,13 +74,13 @@ class Arena(Protocol):
 
 
 class Here:
-    """This machine; it times only where it has what the target asks for."""
+    """This machine; it times only where it has what the target asks for, and none of its faster kernels."""
 
     def __init__(self, bench: Workbench, target: Target) -> None:
         self.bench = bench
         self.where = platform.machine()
         self.key = digest_json([platform.machine(), *sorted(flags_here())])
-        self.times = not missing_here(target)
+        self.times = not missing_here(target) and not newer_here(target)
 
     @contextlib.contextmanager
     def run(self, made: Made) -> Iterator[Run]:
@@ -79,7 +88,7 @@ class Here:
         with bench.store.workspace() as folder:
             files = model_files(made.record, bench.store, folder)
             if recipe.emulate_saturation:
-                yield SaturatingModel(onnx.load_model_from_string(files["model"].read_bytes())).run
+                yield _saturating(files["model"]).run
                 return
             with bench.session(recipe.runtime, made.plan.runtime_version, recipe.judge_options) as session:
                 yield lambda feeds: session.run(files, feeds)
@@ -117,6 +126,16 @@ class Here:
             options=dict(recipe.device_options),
             threads=made.plan.target.bench.threads,
         )
+
+
+def _saturating(model: Path) -> SaturatingModel:
+    try:
+        found = SaturatingModel(onnx.load_model_from_string(model.read_bytes()))
+    except UnsupportedError as error:  # of a candidate, which is no reason to end the build
+        raise ModelDoesNotRunError(str(error)) from error
+    if not found.layers:
+        raise ModelDoesNotRunError("nothing in it is computed in integers as the emulation knows them")
+    return found
 
 
 Pack = Callable[[Made, Path], Bundle]
@@ -205,6 +224,7 @@ class OnDevice:
         """Pack the candidate as it would ship, and lay it out on the device: the wheels travel once."""
         with self.bench.store.workspace() as folder:
             bundle = self.pack(made, folder / "candidate.edgepack")
+            is_first = self._contact is None
             if self._contact is None:
                 self._contact = make_contact(bundle, self.transport)
                 self._place = place_runner(self.transport, self._contact.python, root=self.root)
@@ -212,9 +232,19 @@ class OnDevice:
             assert place is not None
             with self._start() as runner:
                 probe = runner.probe(PROBE_FILES, PROBE_COMMANDS, place.root)
-                check_machine(bundle, read_machine(self.transport, self._contact, probe))
+                machine = read_machine(self.transport, self._contact, probe)
+                notes = (*check_machine(bundle, machine), *_newer(made.plan.target, machine))
+                for note in notes if is_first else ():
+                    self.bench.say(f"{self.where}: {note}")
                 installed = install_bundle(bundle, self.transport, runner, place, say=self.bench.say)
         return model_of(bundle, installed, made.plan.target.bench.threads)
+
+
+def _newer(target: Target, machine: Machine) -> tuple[str, ...]:
+    """That the device a person named is faster than the target: it was their choice, but not said by the evidence."""
+    newer = [flag for flag in target.cpu.newer_flags if flag in machine.cpu_flags]
+    text = f"it has {', '.join(newer)}, which {target.name} lacks: its times are its own, not the target's"
+    return (text,) if newer else ()
 
 
 @contextlib.contextmanager

@@ -18,11 +18,13 @@ from edgepack.build.execute import Workbench, execute, model_files, steps_taken
 from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import Judge, golden
 from edgepack.build.lock import Locked, lock_path, read_lock, update_lock, verdict_from
-from edgepack.build.packing import Shipment, budget_of, pack
+from edgepack.build.packing import Shipment, budget_of, device_of, pack
 from edgepack.build.planner import BuildPlan, PlanFacts, make_plan, search_key
 from edgepack.build.search import Found, Setting, find
 from edgepack.bundle.bundle import SUFFIX, Bundle, open_bundle
+from edgepack.bundle.keys import Signer
 from edgepack.bundle.manifest import SCHEMA
+from edgepack.bundle.signing import sign_bundle
 from edgepack.errors import (
     DefectError,
     EdgepackError,
@@ -36,10 +38,11 @@ from edgepack.errors import (
 from edgepack.judge import robustness_report
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.gate import raise_for
-from edgepack.judge.split import split
+from edgepack.judge.split import UNPROVED_SHARE, split
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassDefect, read_onnx
 from edgepack.protocol import RUNNER_PATH
+from edgepack.runtimes import slim
 from edgepack.runtimes.npu_compiler import has_npu_compiler
 from edgepack.runtimes.recipes import Recipe, Use, as_is_recipe, baseline_recipe, proposals, runtime_of
 from edgepack.spec.project import Objective
@@ -66,6 +69,9 @@ class BuildOptions:
     """None: this machine judges what it can."""
     measure_speed: bool = True
     """False: never, also where this machine is of the target's kind."""
+    signers: tuple[Signer, ...] = ()
+    locked_only: bool = False
+    """Make what edgepack.lock says and nothing else, and leave the lock as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +174,8 @@ def chosen_targets(names: Sequence[str]) -> list[Target]:
 
 def plan_for(opened: OpenProject, target: Target, system: System, recipe: Recipe, bench: Workbench) -> BuildPlan:
     """The plan, from digests alone. Raises UnsupportedError where this target or machine cannot do it."""
-    pin = load_toolchain(recipe.runtime).release_for(target.machine, system.python, system.glibc)
+    toolchain = load_toolchain(recipe.runtime)
+    pin = toolchain.release_for(target.machine, system.python, system.glibc)
     passes = [PASSES[use.name] for use in recipe.passes]
     facts = PlanFacts(
         edgepack=f"{edgepack.__version__} {SCHEMA} {digest_file(RUNNER_PATH)}",
@@ -178,13 +185,18 @@ def plan_for(opened: OpenProject, target: Target, system: System, recipe: Recipe
         libraries={name: importlib.metadata.version(name) for each in passes for name in each.libraries},
         toolchains={each.toolchain: wheels_digest(bench.host_pin(each.toolchain)) for each in passes if each.toolchain},
         runtime_version=pin.release,
-        runtime_wheels=wheels_digest(pin),
+        runtime_wheels=shipped_digest(pin, toolchain.release_of(pin).kept(device_of(recipe))),
     )
     return make_plan(opened.project, target, system, recipe, facts)
 
 
 def wheels_digest(pin: Pin) -> str:
     return digest_json([wheel.sha256 for wheel in pin.wheels])
+
+
+def shipped_digest(pin: Pin, keep: slim.Keep) -> str:
+    """Of what a bundle takes from the wheels."""
+    return digest_json([wheels_digest(pin), slim.VERSION, {name: list(patterns) for name, patterns in keep.items()}])
 
 
 @dataclass(kw_only=True)
@@ -261,6 +273,11 @@ class _Job:
         found = None if self.options.relock else read_lock(lock).get(name)
         key = search_key(plans, self.opened.project)
         locked = found if found is not None and _vouches(found, key) else None
+        if locked is None and self.options.locked_only:
+            raise InputError(
+                f"{lock}: has no build of {self.target.name} by this project, edgepack and toolchains; it has to be "
+                "the lock that the bundle was built with"
+            )
         if locked is not None and _is_whole(path, locked):
             return self._unchanged(path, locked, self._plan_from(locked, plans))
         if locked is None:
@@ -350,10 +367,16 @@ class _Job:
         with self._judge() as judge:
             return self._search_with(judge, plans)
 
+    def _split(self, judge: Judge) -> tuple[DataSet, DataSet]:
+        """(what chooses, what gates)."""
+        data, seed = self.opened.evaluation, self.opened.project.search.seed
+        parts = split(data, seed)
+        return parts if judge.has_to_prove(len(parts[1])) else split(data, seed, UNPROVED_SHARE)
+
     def _search_with(self, judge: Judge, plans: Sequence[BuildPlan]) -> tuple[Shipment, dict[str, Json]]:
         opened, search = self.opened, self.opened.project.search
         baseline = self._make(self.plan(self.baseline()))
-        chooses, gates = split(opened.evaluation, search.seed) if len(plans) > 1 else (None, opened.evaluation)
+        chooses, gates = self._split(judge) if len(plans) > 1 else (None, opened.evaluation)
         setting = Setting(
             judge=judge,
             plans=plans,
@@ -444,10 +467,10 @@ class _Job:
             verdict=shipment.verdict,
             judged_in=shipment.judged_in,
             evidence=shipment.evidence,
-            bundle=bundle.file_sha256(),
+            bundle=bundle.payload_sha256(),
             bundle_bytes=bundle.size_bytes,
         )
-        if entry != found:
+        if entry != found and not self.options.locked_only:
             update_lock(lock[0], lock[1], entry, self.bench.store.folder)
         return self._built(path, entry, shipment.plan, cached=False)
 
@@ -456,7 +479,8 @@ class _Job:
         return self._built(path, locked, plan, cached=True)
 
     def _built(self, path: Path, locked: Locked, plan: BuildPlan, *, cached: bool) -> Built:
-        manifest = open_bundle(path).manifest
+        signers = self.options.signers
+        manifest = (sign_bundle(path, signers) if signers else open_bundle(path)).manifest
         if manifest.target.name != self.target.name:
             raise VerificationError(f"{path}: is for {manifest.target.name}; expected {self.target.name}")
         return Built(
@@ -507,9 +531,7 @@ def _holds(facts: dict[str, Json] | None) -> bool:
 def _is_whole(path: Path, locked: Locked) -> bool:
     """Whether the bundle is there, byte for byte, and in a form that this version reads."""
     with storage_errors(path), contextlib.suppress(FileNotFoundError, InputError, VerificationError):
-        if path.is_file() and digest_file(path) == locked.bundle:
-            open_bundle(path)
-            return True
+        return path.is_file() and open_bundle(path).payload_sha256() == locked.bundle
     return False
 
 

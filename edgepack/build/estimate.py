@@ -111,7 +111,8 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
     rest = found.bytes - 4 * found.weights
     stored = (share * static_bits * found.static_weights + bits * (found.weights - found.static_weights)) / 8
     size = (stored + GRAPH_SHARE * max(rest, 0)) / found.bytes
-    time = share * _time(recipe, found, target, uses.get("quantise-static", {}).get("float_nodes"))
+    sides = float(str(uses.get("resolution", {}).get("share", 1.0)))
+    time = share * sides**2 * _time(recipe, found, target, uses.get("quantise-static", {}).get("float_nodes"))
     return Estimate(size=size, time=time)
 
 

@@ -22,7 +22,7 @@ from edgepack.judge.compare import Compared, Watcher, compare
 from edgepack.judge.data_set import DataSet, Feed
 from edgepack.judge.drift import DriftMeter
 from edgepack.judge.drift_report import DriftReport
-from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop
+from edgepack.judge.gate import Verdict, can_be_proved, chance_to_pass, foresee_worst, judge_drop
 from edgepack.judge.kernels import evidence
 from edgepack.judge.metric import Label, Outputs
 from edgepack.judge.robustness import assess
@@ -76,10 +76,19 @@ class Judge:
         return Selected(
             verdict=verdict,
             foreseen_worst=worst,
-            chance=chance_to_pass(verdict, worst),
+            chance=chance_to_pass(verdict, worst, proved=self.has_to_prove(gate_samples)),
             stopped_early=len(compared.baseline) < len(data),
             drift=watcher.report(),
         )
+
+    def can_prove(self, samples: int) -> bool:
+        """Whether any candidate at all can pass a gate of so many samples."""
+        return can_be_proved(self.opened.metric, self.opened.project.gate, samples)
+
+    def has_to_prove(self, samples: int) -> bool:
+        """Whether a gate of so many samples is passed by proof alone. Where none can prove it, or the person accepts an
+        unresolved drop, not being missed is all that can be hoped for."""
+        return self.can_prove(samples) and not self.opened.project.gate.accept_unresolved
 
     def gate(self, made: Made, data: DataSet) -> dict[str, Json]:
         """The verdict as JSON; remembered, so that a build that was killed does not measure it again."""

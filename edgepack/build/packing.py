@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pydantic
@@ -29,11 +29,15 @@ from edgepack.bundle.pack import (
     wheel_path,
     write_bundle,
 )
+from edgepack.bundle.provenance import Origin, documents
 from edgepack.coding.files import DECODER_PATH
 from edgepack.errors import InputError
 from edgepack.graph.npu_blob import read_blob
 from edgepack.protocol import RUNNER_PATH
-from edgepack.runtimes.wheels import fetch
+from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.slim import slim_wheels
+from edgepack.runtimes.wheels import licence_of
+from edgepack.runtimes.wheels import wheel_path as kept_wheel
 from edgepack.spec.target import Target
 from edgepack.spec.tensor import TensorSpec
 from edgepack.spec.toolchain import Pin, load_toolchain
@@ -73,10 +77,12 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
     """Write the bundle. Raises GateMissedError where a size budget is missed, InputError where a name or a number is
     beyond what a manifest can say, ToolchainError, StorageError."""
     plan = shipment.plan
-    pin = load_toolchain(plan.recipe.runtime).release_for(
+    toolchain = load_toolchain(plan.recipe.runtime)
+    pin = toolchain.release_for(
         plan.target.machine, plan.system.python, plan.system.glibc, version=plan.runtime_version
     )
-    wheels = fetch(pin.wheels, bench.store.folder, say=bench.say)
+    keep = toolchain.release_of(pin).kept(device_of(plan.recipe))
+    wheels = slim_wheels(pin.wheels, keep, bench.store.folder, say=bench.say)
     with bench.store.workspace() as folder:
         plain = model_files(shipment.record, bench.store, folder / "plain")
         coded = coded_files(shipment.record, bench.store, folder / "coded")
@@ -92,6 +98,11 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
         expanded = file_entries({role: plain[role] for role in coded})
         try:
             manifest = _manifest(shipment, opened, parts, expanded, pin)
+            if shipment.ships:
+                archives = dict(zip(manifest.runtime.wheels, wheels, strict=True))
+                origin = _origin(opened, plan, pin, bench.store.folder)
+                parts = replace(parts, documents=documents(manifest, archives, origin))
+                manifest = manifest.model_copy(update={"files": file_entries(parts.contents())})
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -160,6 +171,7 @@ def _manifest(
             name=plan.recipe.runtime,
             version=plan.runtime_version,
             wheels=wheels,
+            sources=_sources(wheels, pin),
             options=_facts(plan.recipe.device_options),
         ),
         passes=tuple(
@@ -191,6 +203,30 @@ def _manifest(
         budget=m.BudgetPart(latency_ms=budget["latency_ms"], memory_mib=budget["memory_mib"]),
         runner=RUNNER,
         files=entries,
+    )
+
+
+def device_of(recipe: Recipe) -> str | None:
+    """The device of the runtime that a bundle runs on, where the runtime has several."""
+    device = recipe.device_options.get("device")
+    return device if isinstance(device, str) else None
+
+
+def _sources(wheels: tuple[str, ...], pin: Pin) -> dict[str, m.WheelPart]:
+    return {
+        path: m.WheelPart(file=wheel.file, sha256=wheel.sha256, bytes=wheel.bytes)
+        for path, wheel in zip(wheels, pin.wheels, strict=True)
+    }
+
+
+def _origin(opened: OpenProject, plan: BuildPlan, pin: Pin, cache: Path) -> Origin:
+    return Origin(
+        calibration_sha256=None if opened.project.calibration is None else opened.calibration.digest,
+        evaluation_sha256=opened.evaluation.digest,
+        licence=opened.project.licence,
+        wheel_licences={wheel.file: licence_of(kept_wheel(wheel, cache)) for wheel in pin.wheels},
+        plan_key=plan.key,
+        target_digest=digest_json(plan.target.model_dump(mode="json")),
     )
 
 

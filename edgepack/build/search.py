@@ -28,10 +28,9 @@ from edgepack.build.sensitivity import Sensitivity, measure_sensitivity
 from edgepack.bundle.pack import MIB
 from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnresolvedError, UnsupportedError
 from edgepack.judge.data_set import DataSet
-from edgepack.judge.gate import can_be_proved
 from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced
+from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced, smaller_input
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -126,6 +125,7 @@ class _Search:
             if place == last_static:
                 self._refine()
                 self._narrow()
+                self._shrink()
                 self._mix()
         chosen = self._choose()
         return Found(
@@ -227,13 +227,7 @@ class _Search:
         self.setting.judge.bench.say(f"{candidate.plan.target.name}: {candidate.name} does not run: {error}")
 
     def _holds(self, candidate: Candidate) -> bool:
-        """Whether the gate would pass it; where no candidate can be proved, whether it is not missed."""
-        verdict = candidate.selection
-        if verdict is None or verdict.drop is None or candidate.stopped_early:
-            return False
-        if self._accepts_unresolved or not self._can_resolve():
-            return verdict.answer != "missed"
-        return candidate.chance >= LEAST_CHANCE
+        return not candidate.stopped_early and candidate.chance >= LEAST_CHANCE
 
     def _holding(self) -> list[Candidate]:
         """The best by the objective first."""
@@ -241,14 +235,6 @@ class _Search:
 
     def _rank(self, candidate: Candidate) -> tuple[int, float]:
         return candidate.rank(self.setting.search.objective, self.setting.baseline_bytes)
-
-    @property
-    def _accepts_unresolved(self) -> bool:
-        return self.setting.judge.opened.project.gate.accept_unresolved
-
-    def _can_resolve(self) -> bool:
-        opened = self.setting.judge.opened
-        return can_be_proved(opened.metric, opened.project.gate, self.setting.gate_samples)
 
     def _beaten_by(self, candidate: Candidate) -> Candidate | None:
         """One that holds and costs no more than this one can at best."""
@@ -284,14 +270,26 @@ class _Search:
             if candidate.outcome != "kept":
                 return
 
+    def _shrink(self) -> None:
+        """Let the best so far see its input smaller, where the project allows it, as long as it holds."""
+        best = next((c for c in self._holding() if c.is_static), None)
+        if self.setting.search.objective == "size" or best is None:
+            return
+        for share in sorted(self.setting.search.resolutions, reverse=True):
+            candidate = self._add(self.setting.plan_of(smaller_input(best.plan.recipe, share)), base=best.base)
+            self._try(candidate)
+            if candidate.outcome != "kept":
+                return
+
     def _mix(self) -> None:
         """Where static int8 does not hold: leave the layers that cost most in float, ever more, until it does.
 
         A mixed candidate costs no less than the one that it comes from, so where that is beaten, all of them are.
         """
         judge = self.setting.judge
-        hopeless = not (self._accepts_unresolved or self._can_resolve())
-        if any(c.is_static for c in self._holding()) or hopeless or self._spent():
+        gate = judge.opened.project.gate
+        is_hopeless = not (gate.accept_unresolved or judge.can_prove(self.setting.gate_samples))
+        if any(c.is_static for c in self._holding()) or is_hopeless or self._spent():
             return
         # saturation is the target's, and probes run here
         tried = [c for c in self.candidates if c.is_static and c.selection and not c.plan.recipe.emulate_saturation]

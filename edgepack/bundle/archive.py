@@ -1,7 +1,7 @@
 """The container of a bundle: one uncompressed ustar archive whose every byte follows from its files.
 
-manifest.json comes first, the rest sorted by path; mode 0644, owner 0, time 0. Nothing is
-compressed, so that nothing has to be unpacked before it is verified and sizes cannot lie. The reader
+manifest.json comes first, then signatures.json where there is one, the rest sorted by path; mode 0644, owner 0,
+time 0. Nothing is compressed, so that nothing has to be unpacked before it is verified and sizes cannot lie. The reader
 takes nothing but these very headers: links, devices, other owners, extended headers, a second file of
 one name and anything behind the end are refused because their bytes differ.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from edgepack.bundle.manifest import MANIFEST, MAX_FILE_BYTES, MAX_FILES, check_path
+from edgepack.bundle.manifest import MANIFEST, MAX_FILE_BYTES, MAX_FILES, SIGNATURES, check_path
 from edgepack.errors import VerificationError
 
 BLOCK = 512
@@ -28,6 +28,20 @@ class Member:
     """Where its bytes begin in the archive."""
     bytes: int
 
+    @property
+    def place(self) -> range:
+        """All that it takes of the archive, header and padding too."""
+        return range(self.offset - BLOCK, self.offset + self.bytes + -self.bytes % BLOCK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A part of a file."""
+
+    path: Path
+    offset: int
+    bytes: int
+
 
 def _header(path: str, size: int) -> bytes:
     info = tarfile.TarInfo(path)
@@ -35,19 +49,28 @@ def _header(path: str, size: int) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
-def write_archive(out: BinaryIO, files: Iterable[tuple[str, Path | bytes]]) -> None:
+def write_archive(out: BinaryIO, files: Iterable[tuple[str, Path | Slice | bytes]]) -> None:
     """Write `files` in the order given."""
     for path, source in files:
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        out.write(_header(path, size))
         if isinstance(source, bytes):
-            out.write(source)
+            size = len(source)
+            out.write(_header(path, size) + source)
         else:
-            with source.open("rb") as stream:
-                while piece := stream.read(1 << 20):
-                    out.write(piece)
+            part = Slice(path=source, offset=0, bytes=source.stat().st_size) if isinstance(source, Path) else source
+            size = part.bytes
+            out.write(_header(path, size))
+            _copy(part, out)
         out.write(b"\0" * (-size % BLOCK))
     out.write(END)
+
+
+def _copy(part: Slice, out: BinaryIO) -> None:
+    with part.path.open("rb") as stream:
+        stream.seek(part.offset)
+        left = part.bytes
+        while piece := stream.read(min(left, 1 << 20)):
+            out.write(piece)
+            left -= len(piece)
 
 
 def read_members(stream: BinaryIO, where: str) -> Iterator[Member]:
@@ -84,7 +107,7 @@ def _member(header: bytes, offset: int, where: str) -> Member:
         raise VerificationError(f"{where}: ends without the archive's end mark; it was cut off: copy it again")
     try:
         info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
-        if info.name != MANIFEST:
+        if info.name not in (MANIFEST, SIGNATURES):
             check_path(info.name)
         sound = 0 <= info.size <= MAX_FILE_BYTES and _header(info.name, info.size) == header
     except (tarfile.HeaderError, UnicodeError, ValueError, OverflowError) as error:

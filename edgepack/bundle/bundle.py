@@ -7,13 +7,24 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from edgepack.bundle.archive import Member, read_members
-from edgepack.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from edgepack.bundle.archive import Member, Slice, read_members
+from edgepack.bundle.envelope import MAX_ENVELOPE_BYTES, Envelope, read_envelope
+from edgepack.bundle.manifest import (
+    MANIFEST,
+    MANIFEST_TYPE,
+    MAX_MANIFEST_BYTES,
+    SIGNATURES,
+    Manifest,
+    parse_manifest,
+)
 from edgepack.coding.files import expand_file
 from edgepack.errors import InputError, VerificationError
 from edgepack.store import atomic_file, digest_bytes, digest_file
+
+if TYPE_CHECKING:
+    from edgepack.bundle.signing import Trust
 
 SUFFIX = ".edgepack"
 
@@ -26,6 +37,12 @@ class Bundle:
     manifest: Manifest
     manifest_bytes: bytes
     members: dict[str, Member]
+    signatures: bytes | None = None
+    """signatures.json, as it stands there."""
+    envelope: Envelope | None = None
+    """What it says; it is around this very manifest, but no signature was verified yet."""
+    trust: Trust | None = None
+    """By which it was found to be signed."""
 
     @property
     def digest(self) -> str:
@@ -40,13 +57,30 @@ class Bundle:
         """sha256 of the archive itself, as `sha256sum` prints it."""
         return digest_file(self.path)
 
+    def payload_sha256(self) -> str:
+        """sha256 of the archive as it is without its signatures: they may come, go and change."""
+        if SIGNATURES not in self.members:
+            return self.file_sha256()
+        place, digest = self.members[SIGNATURES].place, hashlib.sha256()
+        with _reading(self.path), self.path.open("rb") as stream:
+            digest.update(stream.read(place.start))
+            stream.seek(place.stop)
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def slice(self, path: str) -> Slice:
+        """Where the bytes of one file stand; they are not checked."""
+        member = self.members[path]
+        return Slice(path=self.path, offset=member.offset, bytes=member.bytes)
+
     def read(self, path: str) -> bytes:
         """The bytes of one file, checked against the manifest. Raises VerificationError."""
         member = self.members[path]
         with _reading(self.path), self.path.open("rb") as stream:
             stream.seek(member.offset)
             data = stream.read(member.bytes)
-        if path != MANIFEST and digest_bytes(data) != self.manifest.files[path].sha256:
+        if path not in (MANIFEST, SIGNATURES) and digest_bytes(data) != self.manifest.files[path].sha256:
             raise _wrong(self.path, path)
         return data
 
@@ -116,9 +150,29 @@ def open_bundle(path: Path) -> Bundle:
                 raise VerificationError(f"{where}: a manifest of {first.bytes} bytes; at most {MAX_MANIFEST_BYTES}")
             stream.seek(first.offset)
             data = stream.read(first.bytes)
+            signatures = _signatures(stream, members, where)
     manifest = parse_manifest(data, where)
     _same_files(manifest, members, where)
-    return Bundle(path=path, manifest=manifest, manifest_bytes=data, members=members)
+    envelope = None
+    if signatures is not None:
+        envelope = read_envelope(signatures, MANIFEST_TYPE, f"{where}: {SIGNATURES}")
+        if envelope.payload != data:
+            raise VerificationError(f"{where}: {SIGNATURES} is of another manifest; copy it or sign it again")
+    return Bundle(
+        path=path, manifest=manifest, manifest_bytes=data, members=members, signatures=signatures, envelope=envelope
+    )
+
+
+def _signatures(stream: BinaryIO, members: dict[str, Member], where: str) -> bytes | None:
+    member = members.get(SIGNATURES)
+    if member is None:
+        return None
+    if list(members)[1] != SIGNATURES:
+        raise VerificationError(f"{where}: {SIGNATURES} does not come right after {MANIFEST}")
+    if member.bytes > MAX_ENVELOPE_BYTES:
+        raise VerificationError(f"{where}: {SIGNATURES} of {member.bytes} bytes; at most {MAX_ENVELOPE_BYTES}")
+    stream.seek(member.offset)
+    return stream.read(member.bytes)
 
 
 @contextlib.contextmanager
@@ -130,7 +184,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _same_files(manifest: Manifest, members: dict[str, Member], where: str) -> None:
-    found = set(members) - {MANIFEST}
+    found = set(members) - {MANIFEST, SIGNATURES}
     listed = set(manifest.files)
     for path in sorted(found - listed):
         raise VerificationError(f"{where}: holds '{path}', which its manifest does not list")

@@ -1,7 +1,7 @@
 """manifest.json: everything that was decided about a bundle, so that nobody downstream looks at the project again.
 
 Canonical JSON with a checksum of itself: it holds the sha256 of every other file, and nothing holds its own. The
-checksum finds damage; it proves nothing about who made the bundle.
+checksum finds damage; it proves nothing about who made the bundle. Who did is in signatures.json (signing.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from edgepack.store import Json, canonical_json, digest_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_TYPE = "application/vnd.edgepack.manifest+json"
+SIGNATURES = "signatures.json"
+"""A DSSE envelope around manifest.json; in the bundle, and in no manifest."""
 CHECKSUM = "checksum"
 """Key of the sha256 of the rest of the manifest, as canonical JSON."""
 MAX_MANIFEST_BYTES = 4 << 20
@@ -161,10 +164,21 @@ class ModelPart(Part):
     """Of `files["blob"]`; the model beside it is what it was compiled from, and the fallback."""
 
 
+class WheelPart(Part):
+    """A wheel as its maker published it."""
+
+    file: Line
+    sha256: Hex
+    bytes: Bytes
+
+
 class RuntimePart(Part):
     name: Name
     version: Line
     wheels: tuple[str, ...]
+    """Paths in the bundle: what it needs of each wheel, in an archive that is unpacked like one."""
+    sources: dict[str, WheelPart] = Field(default_factory=dict)
+    """By those paths: the wheel that it was taken from."""
     options: Facts
 
 
@@ -306,8 +320,8 @@ def check_path(path: str) -> None:
     plain = path.isprintable() and path.isascii() and "\\" not in path and len(path) <= 240
     if not plain or PurePosixPath(path).is_absolute() or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"the path {path[:80]!r} leaves the bundle's folder, or is not a plain one")
-    if path == MANIFEST:
-        raise ValueError(f"'{MANIFEST}' cannot list itself")
+    if path in (MANIFEST, SIGNATURES):
+        raise ValueError(f"'{path}' cannot be among the files of a manifest")
 
 
 def dump_manifest(manifest: Manifest) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Parts:
     evidence: bytes | None = None
     decoder: Path | None = None
     """Where files of the model are coded."""
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    """What others read of the bundle: SBOM and provenance (provenance.py)."""
 
     def contents(self) -> dict[str, Content]:
         files: dict[str, Content] = {model_path(path): path for path in self.model.values()}
@@ -45,6 +47,7 @@ class Parts:
             files[EVIDENCE] = self.evidence
         if self.decoder is not None:
             files[DECODER] = self.decoder
+        files |= self.documents
         return dict(sorted(files.items()))
 
 

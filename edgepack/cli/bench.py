@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgepack.cli.output import JsonFlag, Meter, say, show_json
+from edgepack.cli.trust import KeyOption, RotationOption, ThresholdOption, open_trusted
 
 if TYPE_CHECKING:
     from edgepack.bench.member import Job, Reach
+    from edgepack.bundle.bundle import Bundle
 
 MAX_RUNS = 1_000_000  # the most that the runner keeps times of
 MAX_S = 86_400.0
@@ -80,6 +82,9 @@ def bench(
     accept_new_host_key: Annotated[
         bool, typer.Option("--accept-new-host-key", help="Record the key of a host seen for the first time.")
     ] = False,
+    key: KeyOption = None,
+    threshold: ThresholdOption = 1,
+    rotation: RotationOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Install a bundle on a device, prove that it is healthy there, and time it.
@@ -97,6 +102,7 @@ def bench(
       edgepack bench dist/NAME-rpi4.edgepack --device emulated:rpi4 --count-instructions
       edgepack bench dist/NAME-rpi4.edgepack --device group:lab --wait
       edgepack bench dist/NAME-rpi4.edgepack -d pi --against dist/NAME-rpi4.fp32.edgepack
+      edgepack bench dist/NAME-rpi4.edgepack -d pi --key release.pem.pub
       edgepack bench --self-check --device pi
       edgepack bench dist/NAME-rpi4.edgepack -d pi --baseline last --fail-if 'p50 > +3%' --fail-if 'size > +0%'
     """
@@ -105,7 +111,6 @@ def bench(
     from edgepack.bench.history import history_path
     from edgepack.bench.member import Job, Reach
     from edgepack.bench.regression import read_request
-    from edgepack.bundle.bundle import open_bundle
     from edgepack.errors import UsageError
 
     reach = Reach(inventory=inventory, accept_new_host_key=accept_new_host_key, wait=wait)
@@ -113,11 +118,15 @@ def bench(
         _only(context, "self_check", "device", "inventory", "accept_new_host_key", "wait")
         _check_self(device, reach, as_json)
         return
+
+    def opened(path: Path) -> Bundle:
+        return open_trusted(path, key, threshold, rotation)
+
     if bundle is None:
         raise UsageError("give a bundle to measure, or --self-check, which takes none")
     if count_instructions:
-        _only(context, "count_instructions", "bundle", "device", "warmup", "runs")
-        _count(bundle, device, warmup=warmup, runs=runs, as_json=as_json)
+        _only(context, "count_instructions", "bundle", "device", "warmup", "runs", "key", "threshold", "rotation")
+        _count(opened(bundle), device, warmup=warmup, runs=runs, as_json=as_json)
         return
     conduct = Conduct(
         warmup=warmup,
@@ -138,16 +147,14 @@ def bench(
     if against is not None:
         check_conditions(gate.conditions)
     job = Job(
-        bundle=open_bundle(bundle),
-        against=None if against is None else open_bundle(against),
+        bundle=opened(bundle),
+        against=None if against is None else opened(against),
         conduct=conduct,
         threads=threads,
         gate=gate,
         history=history or history_path(),
         keep=not no_history,
     )
-    for opened in job.bundles:
-        opened.verify()
     _measure(job, device, reach, as_json)
 
 
@@ -190,14 +197,11 @@ def _measure(job: Job, device: str, reach: Reach, as_json: bool) -> None:
     raise typer.Exit(outcome.exit_code)
 
 
-def _count(bundle: Path, device: str, *, warmup: int | None, runs: int | None, as_json: bool) -> None:
+def _count(bundle: Bundle, device: str, *, warmup: int | None, runs: int | None, as_json: bool) -> None:
     from edgepack.bench.instructions import count_instructions
-    from edgepack.bundle.bundle import open_bundle
     from edgepack.report.group import count_page
 
-    opened = open_bundle(bundle)
-    opened.verify()
-    counted = count_instructions(opened, device, warmup=warmup, runs=runs, say=say)
+    counted = count_instructions(bundle, device, warmup=warmup, runs=runs, say=say)
     if as_json:
         show_json(counted.to_json())
     else:

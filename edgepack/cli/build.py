@@ -14,6 +14,7 @@ from edgepack.cli.output import JsonFlag, say, show_json
 if TYPE_CHECKING:
     from edgepack.build.arena import JudgingDevice
     from edgepack.build.inputs import OpenProject
+    from edgepack.bundle.keys import Signer
 
 ModelArgument = Annotated[Path | None, typer.Argument(help="A model, instead of the one that the project names.")]
 TargetOption = Annotated[
@@ -72,6 +73,10 @@ def build(
     install_toolchains: Annotated[
         bool, typer.Option("--install-toolchains", help="Fetch also toolchains so large that a build asks first.")
     ] = False,
+    sign: Annotated[
+        list[str] | None,
+        typer.Option("--sign", help="Sign with this secret key: a file, or env:NAME (default: the project's)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what may be tried, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -136,6 +141,7 @@ def build(
             as_is=as_is,
             device=judging,
             measure_speed=device != "none",
+            signers=() if dry_run else _signers(opened, sign),
         )
         if dry_run:
             plans, report = plan_all(opened, names, options, bench)
@@ -177,6 +183,22 @@ def _device(spec: str | None, inventory: Path | None, *, wait: bool) -> Iterator
     assert spec is not None
     with reached(spec, Reach(inventory=inventory), say=say) as transport:
         yield JudgingDevice(transport=transport, root=device_root(spec), wait=wait)
+
+
+def _signers(opened: OpenProject, sign: list[str] | None) -> tuple[Signer, ...]:
+    """Those of --sign, else of the project file, whose paths are relative to it."""
+    from edgepack.bundle.keys import ENVIRONMENT, CommandSigner, read_public, read_signer
+
+    if sign:
+        return tuple(map(read_signer, sign))
+    found: list[Signer] = []
+    signing, root = opened.project.signing, opened.root
+    for name in signing.keys:
+        found.append(read_signer(name if name.startswith(ENVIRONMENT) else str(root / Path(name).expanduser())))
+    if signing.command is not None and signing.public is not None:
+        public = read_public(root / Path(signing.public).expanduser())
+        found.append(CommandSigner(command=signing.command, public=public))
+    return tuple(found)
 
 
 def _adjusted(opened: OpenProject, *, accept_unresolved: bool, search: dict[str, object]) -> OpenProject:

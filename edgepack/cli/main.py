@@ -16,6 +16,7 @@ from edgepack.cli import (
     export,
     history,
     init,
+    key,
     report,
     targets,
     techniques,
@@ -44,6 +45,7 @@ app.command("export")(export.export)
 app.add_typer(targets.app, name="targets")
 app.add_typer(toolchain.app, name="toolchain")
 app.add_typer(bundle.app, name="bundle")
+app.add_typer(key.app, name="key")
 app.add_typer(device.app, name="device")
 app.add_typer(history.app, name="history")
 

@@ -24,7 +24,7 @@ def show_all(as_json: JsonFlag = False) -> None:
       edgepack targets list
       edgepack targets list --json
     """
-    from edgepack.bench.here import missing_here
+    from edgepack.bench.here import missing_here, newer_here
     from edgepack.spec.target import targets
 
     found = [(target, missing_here(target)) for target in targets()]
@@ -40,6 +40,7 @@ def show_all(as_json: JsonFlag = False) -> None:
                         "runtimes": list(target.runtimes),
                         "os": [system.name for system in target.os],
                         "missing_here": list(missing),
+                        "newer_here": list(newer_here(target)),
                     }
                     for target, missing in found
                 ]
@@ -48,7 +49,8 @@ def show_all(as_json: JsonFlag = False) -> None:
         return
     rows = [("NAME", "MACHINE", "RUNTIME", "RUNS HERE", "TITLE")]
     for target, missing in found:
-        here = "yes" if not missing else f"no: {', '.join(missing)}"
+        newer = newer_here(target)
+        here = f"no: {', '.join(missing)}" if missing else f"with {', '.join(newer)}" if newer else "yes"
         name = f"{target.name} ({', '.join(target.aliases)})" if target.aliases else target.name
         rows.append((name, target.machine, ", ".join(target.runtimes), here, target.title))
     typer.echo(columns(rows))
@@ -137,6 +139,11 @@ def _page(target: Target) -> str:
         f"{target.name}: {target.title}",
         f"  machine    {target.machine}, {target.cpu.model}, {_memory(target)}",
         f"  needs      {', '.join(target.cpu.flags) or 'nothing beyond the architecture'}",
+        *(
+            [f"  not timed  where there is any of {', '.join(target.cpu.newer_flags)}"]
+            if target.cpu.newer_flags
+            else []
+        ),
         f"  runtimes   {', '.join(target.runtimes)}",
         f"  int8       {numerics.activation_dtype} activations, {numerics.weight_bits}-bit weights"
         + (" (products of 8 bits saturate there)" if numerics.saturates else ""),

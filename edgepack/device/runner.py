@@ -90,6 +90,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import lzma
 import math
 import os
 import platform
@@ -115,6 +116,8 @@ COMMAND_TIMEOUT_S = 5.0
 PYTHON_TIMEOUT_S = 60.0  # to start it anew, on an emulated board
 MAX_SAMPLES = 1_000_000  # of one bench; 16 bytes each while it runs
 MAX_STREAMS = 256
+MAX_UNPACKED_BYTES = 4 << 30  # of one wheel
+MAX_UNPACKED_FILES = 65_535
 MAX_PROFILED = 10_000  # runs; a profile keeps every operator of each until its end
 KEPT_MODELS = 2  # the judge compares two; more would crowd a small board
 BEST_SQNR_DB = 300.0  # beyond what float64 can tell apart
@@ -363,9 +366,17 @@ def wheel_members(wheel: zipfile.ZipFile) -> List[Tuple[zipfile.ZipInfo, str]]:
     return members
 
 
+def check_unpacked(blob: str, members: List[zipfile.ZipInfo]) -> None:
+    """What an archive says of itself bounds what it is read for: zipfile gives no more of a member than its size."""
+    size = sum(info.file_size for info in members)
+    if len(members) > MAX_UNPACKED_FILES or size > MAX_UNPACKED_BYTES:
+        raise Refused("corrupt", "%s: unpacks to %d files, %d bytes" % (blob, len(members), size))
+
+
 def unpack(folder: str, blob: str) -> None:
     try:
         with zipfile.ZipFile(blob) as wheel:
+            check_unpacked(blob, wheel.infolist())
             for info, name in wheel_members(wheel):
                 target = below(folder, name)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -376,7 +387,9 @@ def unpack(folder: str, blob: str) -> None:
                     continue
                 with wheel.open(info) as source, open(target, "xb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, FileExistsError, NotADirectoryError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, FileExistsError, NotADirectoryError
+    ) as error:  # fmt: skip
         raise Refused("corrupt", "%s: cannot be unpacked: %s" % (blob, error)) from error
 
 

@@ -55,6 +55,7 @@ def describe(facts: Facts, *, name: str | None, nearest: Target | None) -> Targe
             model=facts.cpu_model or "unknown",
             cores=None if facts.emulated else sum(c.cores or len(c.cpus) for c in facts.clusters) or facts.cpus,
             flags=required_flags(facts.machine, facts.cpu_flags),
+            newer_flags=tuple(f for f in same_kind.cpu.newer_flags if f not in facts.cpu_flags) if same_kind else (),
         ),
         accelerator=accelerator,
         numerics=keeps.numerics if keeps and accelerator else numerics_of(facts.machine, facts.cpu_flags),

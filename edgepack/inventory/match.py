@@ -90,6 +90,9 @@ def _of_processor(facts: Facts, target: Target) -> Iterator[Difference]:
     if missing:
         found = f"lacks {' '.join(missing)}" if facts.cpu_flags else "not readable"
         yield Difference(key="cpu.flags", wanted=" ".join(target.cpu.flags), found=found, blocks=bool(facts.cpu_flags))
+    newer = [flag for flag in target.cpu.newer_flags if flag in facts.cpu_flags]
+    if newer:
+        yield Difference(key="cpu.newer_flags", wanted="none of them", found=" ".join(newer), blocks=False)
     if target.cpu.cores is not None and not facts.emulated:
         cores = sum(cluster.cores or len(cluster.cpus) for cluster in facts.clusters) or facts.cpus
         if cores != target.cpu.cores:

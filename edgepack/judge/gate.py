@@ -193,18 +193,19 @@ def foresee_worst(
     return interval.worst_at(samples)
 
 
-def chance_to_pass(verdict: Verdict, foreseen_worst: float) -> float:
+def chance_to_pass(verdict: Verdict, foreseen_worst: float, *, proved: bool) -> float:
     """That other samples pass what `verdict` says of these; `foreseen_worst` as `foresee_worst` gives it for them.
 
-    Their drop is taken to be normal about this one, with the variances of both sets (a prediction interval); the
-    gate passes it where the drop and half the width of its interval stay within the limit.
+    Their drop is taken to be normal about this one, with the variances of both sets (a prediction interval). Where it
+    has to be `proved`, the gate passes it where the drop and half the width of its interval stay within the limit;
+    else, where it may be unresolved, the drop alone has to.
     """
     if verdict.drop is None or verdict.interval is None or not math.isfinite(foreseen_worst):
         return 0.0
     z = NormalDist().inv_cdf(0.5 + verdict.confidence / 2)
     here, there = verdict.interval[1] - verdict.drop, foreseen_worst - verdict.drop
     spread = math.hypot(here, there) / z
-    room = verdict.max_drop - foreseen_worst
+    room = verdict.max_drop - (foreseen_worst if proved else verdict.drop)
     return NormalDist().cdf(room / spread) if spread > 0 else float(room >= 0)
 
 

@@ -143,14 +143,22 @@ class SaturatingModel:
         return name in self._constants and self._constants[name].size == 1
 
     def _dequantised(self, name: str) -> _Quantised | None:
-        node = self._index.producer.get(name)
-        if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
+        node = self._dequantising(name)
+        if node is None:
             return None
-        scale, zero = (self._constants.get(n) for n in node.input[1:])
+        scale, stored = self._constants.get(node.input[1]), self._constants.get(node.input[0])
+        if len(node.input) > 2:
+            zero = self._constants.get(node.input[2])
+        else:  # it is 0, of the type of what is dequantised
+            zero = None if stored is None else np.zeros((), stored.dtype)
         if scale is None or zero is None:
             return None
         axis = int(str(attributes(node).get("axis", 1)))
         return _Quantised(name=node.input[0], scale=scale, zero_point=zero, axis=axis)
+
+    def _dequantising(self, name: str) -> onnx.NodeProto | None:
+        node = self._index.producer.get(name)
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def _integer_step(self, node: onnx.NodeProto) -> _Step | None:
         """The step for a node that onnxruntime runs in its u8 x s8 kernels; None for any other.
@@ -194,11 +202,14 @@ class SaturatingModel:
         return layer
 
     def _bias(self, node: onnx.NodeProto) -> Array | None:
-        """int64 [M], [0] where there is no bias; None where it is not stored as int32."""
+        """int64 [M], [0] where there is no bias; None where it is not stored as int32.
+
+        Its scale is that of the input times the weights' and its zero point 0, given or not: so the runtimes take it.
+        """
         if len(node.input) < 3 or not node.input[2]:
             return np.zeros(1, np.int64)
-        stored = self._dequantised(node.input[2])
-        integers = None if stored is None else self._constants.get(stored.name)
+        stored = self._dequantising(node.input[2])
+        integers = None if stored is None else self._constants.get(stored.input[0])
         return integers.astype(np.int64).reshape(-1) if integers is not None and integers.dtype == np.int32 else None
 
     def _quantised_end(self, node: onnx.NodeProto) -> onnx.NodeProto | None:

@@ -44,7 +44,7 @@ def kernel_of(node: onnx.NodeProto, opsets: Sequence[onnx.OperatorSetIdProto]) -
     if node.op_type in ELEMENTWISE:
         function = ELEMENTWISE[node.op_type]
         return lambda inputs: [function(*inputs)]
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) == 3 and all(node.input):
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) >= 2 and all(node.input):
         return _affine(node, opsets)
     if node.op_type == "Conv" and all(node.input):
         return _float_conv(node)
@@ -56,16 +56,18 @@ def kernel_of(node: onnx.NodeProto, opsets: Sequence[onnx.OperatorSetIdProto]) -
 def _affine(node: onnx.NodeProto, opsets: Sequence[onnx.OperatorSetIdProto]) -> Kernel:
     """QuantizeLinear (round half to even, then clamp) and DequantizeLinear, of a tensor or along one axis."""
     given = attributes(node)
-    if given.get("block_size", 0):
+    if given.get("block_size", 0) or given.get("output_dtype", 0):
         return _reference(node, opsets)
     axis = int(str(given.get("axis", 1)))
 
     def run(inputs: Sequence[Array]) -> Sequence[Array]:
-        x, scale, zero = inputs
+        x, scale = inputs[:2]
+        default = np.zeros((), x.dtype if node.op_type == "DequantizeLinear" else np.uint8)
+        zero = inputs[2] if len(inputs) > 2 else default
         along = [1] * x.ndim
         if scale.size > 1:
             along[axis] = -1
-        s, z = (np.asarray(array).reshape(along if scale.size > 1 else ()) for array in (scale, zero))
+        s, z = (np.asarray(array).reshape(along if array.size > 1 else ()) for array in (scale, zero))
         if node.op_type == "DequantizeLinear":
             return [np.asarray((x.astype(np.int32) - z.astype(np.int32)) * s, scale.dtype)]
         info = np.iinfo(zero.dtype)

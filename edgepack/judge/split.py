@@ -18,16 +18,18 @@ from edgepack.judge.data_set import DataSet
 
 SELECTION_SHARE = 0.25
 """Choosing needs less than proving: it may be wrong, the gate may not."""
+UNPROVED_SHARE = 0.5
+"""Where the gate has too few samples to prove anything, or need not: what chooses badly then ships nothing."""
 MOST_SELECTION = 2000
 """The drop of a share then has a standard error below a tenth of a point where a fiftieth of the answers change."""
 
 
-def split(data: DataSet, seed: int) -> tuple[DataSet, DataSet]:
-    """(what chooses, what gates), each in the order of `data`; drawn by `seed` and the data's digest.
+def split(data: DataSet, seed: int, share: float = SELECTION_SHARE) -> tuple[DataSet, DataSet]:
+    """(what chooses, what gates), each in the order of `data`; drawn by `seed` and the data's digest; `share` chooses.
 
     With fewer than two samples all of them gate and choose: no split is honest there, and the gate stays unresolved.
     """
-    count = min(int(len(data) * SELECTION_SHARE), MOST_SELECTION)
+    count = min(int(len(data) * share), MOST_SELECTION)
     if count < 1:
         return data, data
     drawn = hashlib.sha256(json.dumps([data.digest, seed]).encode()).digest()

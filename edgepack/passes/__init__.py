@@ -17,6 +17,7 @@ from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
 from edgepack.passes.prune_channels import PruneChannels
 from edgepack.passes.quantise_dynamic import QuantiseDynamic
 from edgepack.passes.quantise_static import QuantiseStatic
+from edgepack.passes.resolution import Resolution
 from edgepack.passes.smooth import Smooth
 from edgepack.passes.weight_only import WeightOnly, WeightOnlyInt4
 
@@ -25,6 +26,7 @@ PASSES: dict[str, Pass] = {
     for each in (
         Canonicalise(),
         Keep(),
+        Resolution(),
         PruneChannels(),
         LowRank(),
         Equalise(),

@@ -27,14 +27,15 @@ UNSEEN = 0.1  # count of a value that no weight had, so that its code is long bu
 
 
 def round_for_rate(target: Matrix, feedback: Feedback, bits: int, bits_per_error: float) -> Rounded:
-    """Integers within +-(2^(bits-1) - 1) and one scale a group, of least b * error + code length.
+    """Integers within +-(2^(bits-1) - 1) and scales, of least b * error + code length.
 
-    `bits_per_error`: b, in bits a unit of (w - v)' H (w - v). Where the step that follows from b would clip, the
-    least one that does not is tried too.
+    `bits_per_error`: b, in bits a unit of (w - v)' H (w - v). All outputs of a group share the step that follows from
+    b, and so one scale, which costs nothing to store; where it would clip an output, the least step that does not is
+    tried for that one.
     """
     top = 2 ** (bits - 1) - 1
-    finest = group_steps(target, feedback, bits_per_error)
-    reaching = full_scales(target.reshape(len(target), 1, -1), top)[:, 0].astype(np.float64)
+    finest = np.broadcast_to(group_steps(target, feedback, bits_per_error)[:, None], target.shape[:2])
+    reaching = np.where(target.any(axis=2), full_scales(target, top), 0).astype(np.float64)
     choices = [finest]
     if (reaching > finest).any():
         choices.append(np.maximum(finest, reaching))
@@ -71,21 +72,19 @@ def entropy_bits(integers: NDArray[np.int8]) -> float:
 
 
 def _settle(target: Matrix, steps: Matrix, feedback: Feedback, top: int, bits_per_error: float) -> Rounded:
-    """Round a few times, each with the code that the last one asks for; then fit one scale a group to the integers."""
-    lengths = code_lengths(np.clip(np.rint(target / steps[:, None, None]), -top, top).astype(np.int8), top)
+    """Round a few times, each with the code that the last one asks for; then fit the scales to the integers."""
+    lengths = code_lengths(np.clip(np.rint(target / steps[:, :, None]), -top, top).astype(np.int8), top)
     for _ in range(SWEEPS):
         integers = _sweep(target, steps, feedback, lengths / bits_per_error)
         lengths = code_lengths(integers, top)
-    scales = _refit(target, integers, steps, feedback)
-    wide = np.broadcast_to(scales[:, None], target.shape[:2])
-    return Rounded(integers=integers, scales=np.ascontiguousarray(wide))
+    return Rounded(integers=integers, scales=_refit(target, integers, steps, feedback))
 
 
 def _sweep(target: Matrix, steps: Matrix, feedback: Feedback, price: Matrix) -> NDArray[np.int8]:
     """One sweep over the columns; `price` is each value's code length as an error, from -top to top."""
     groups, outputs, columns = target.shape
     ordered = np.take_along_axis(target, feedback.order[:, None, :], axis=2)
-    step, upper = steps[:, None], feedback.upper
+    step, upper = steps, feedback.upper
     lost = np.zeros((groups, outputs, columns))
     rounded = np.zeros((groups, outputs, columns), np.int8)
     for start in range(0, columns, BLOCK):
@@ -119,9 +118,12 @@ def _cheapest(value: Matrix, cost: Matrix, price: Matrix) -> NDArray[np.int64]:
 
 
 def _refit(target: Matrix, integers: NDArray[np.int8], steps: Matrix, feedback: Feedback) -> NDArray[np.float32]:
-    """[groups]: the scale that is best for the integers as they are: rounding toward 0 makes them a little small."""
+    """[groups, outputs]: the scale that is best for the integers as they are: rounding toward 0 makes them a little
+    small. Outputs of one step keep one scale."""
     q = integers.astype(np.float64)
     weighted = q * feedback.hessian[:, None, :] if feedback.upper is None else q @ feedback.hessian
-    above, below = (np.einsum("goc,goc->g", each, weighted) for each in (target, q))
+    above, below = (np.einsum("goc,goc->go", each, weighted) for each in (target, q))
+    alike = (steps[:, :, None] == steps[:, None, :]).astype(np.float64)  # [groups, outputs, outputs]
+    above, below = (np.einsum("gop,gp->go", alike, each) for each in (above, below))
     fitted = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
     return np.where(fitted > np.finfo(np.float32).tiny, fitted, steps).astype(np.float32)

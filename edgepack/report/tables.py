@@ -226,6 +226,8 @@ def _points(value: float, share: bool) -> str:
 
 def bundle_page(bundle: Bundle) -> str:
     """`bundle inspect`."""
+    from edgepack.report.bundles import file_tree
+
     m = bundle.manifest
     lines = [
         f"{bundle.path}: {m.name} for {m.target.name} ({m.target.title}), {bundle.size_bytes / MIB:.2f} MiB",
@@ -248,10 +250,7 @@ def bundle_page(bundle: Bundle) -> str:
         f"  health    {m.golden.samples} golden samples, at least {m.golden.min_sqnr_db:g} dB",
         "  files",
     ]
-    table = _table("path", "bytes", "sha256")
-    for path, entry in m.files.items():
-        table.add_row(path, f"{entry.bytes:,}", entry.sha256[:16])
-    return "\n".join([*lines, _text(table).rstrip()])
+    return "\n".join([*lines, file_tree(m.files)])
 
 
 def _speed_line(bundle: Bundle) -> str:

@@ -231,6 +231,14 @@ def narrowed(recipe: Recipe, macs_share: float) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-m{macs_share:.2g}", why=why, passes=(canonical, prune, *others))
 
 
+def smaller_input(recipe: Recipe, share: float) -> Recipe:
+    """The same on an input that is resized, inside the model, to so much of its height and width."""
+    canonical, *others = recipe.passes
+    why = f"{recipe.why}; input seen at {share:.3g} of its height and width"
+    passes = (canonical, Use(name="resolution", params={"share": share}), *others)
+    return replace(recipe, name=f"{recipe.name}-r{share:.2g}", why=why, passes=passes)
+
+
 def _static(name: str, why: str, *before: Use, ranges: str = "min-max") -> Recipe:
     """Static int8; what it leaves in float is stored in int8."""
     rest = Use(name="weight-only", optional=True)

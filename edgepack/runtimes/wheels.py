@@ -9,11 +9,13 @@ when its sha256 is the pinned one.
 from __future__ import annotations
 
 import contextlib
+import email
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,6 +37,24 @@ PIP_DISK_FULL = "No space left on device"
 def wheel_path(wheel: Wheel, cache: Path) -> Path:
     """Where `fetch` keeps it."""
     return cache / "wheels" / wheel.sha256 / wheel.file
+
+
+def licence_of(path: Path) -> str:
+    """What a wheel's metadata says of its licence: an SPDX expression where it has one (core metadata 2.4), else text.
+
+    Raises ToolchainError for a wheel that says nothing.
+    """
+    with zipfile.ZipFile(path) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        said = email.message_from_bytes(wheel.read(name))
+    for key in ("License-Expression", "License"):
+        text = str(said.get(key, "")).strip()
+        if text and "\n" not in text:
+            return text
+    for text in said.get_all("Classifier", []):
+        if str(text).startswith("License ::"):
+            return str(text).rpartition(" :: ")[2]
+    raise ToolchainError(f"{path.name}: its metadata names no licence; it cannot be shipped")
 
 
 def fetch(wheels: Sequence[Wheel], cache: Path, *, say: Say) -> tuple[Path, ...]:

@@ -112,6 +112,8 @@ class Search(Spec):
     time_budget_s: Annotated[float, Field(gt=0)] | None = None
     """No candidate is begun after it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    resolutions: tuple[Annotated[float, Field(ge=0.5, lt=1)], ...] = ()
+    """Shares of an input's height and width that a fully convolutional network may see instead of all of it."""
 
 
 class Budget(Spec):
@@ -123,6 +125,23 @@ class Budget(Spec):
     """Peak resident memory of the runner's process on the device."""
     latency_ms: Annotated[float, Field(gt=0)] | None = None
     """p50 of one inference on the device."""
+
+
+class Signing(Spec):
+    """Who signs what is built."""
+
+    keys: tuple[str, ...] = ()
+    """Files of secret keys, or `env:NAME`: the environment variable that holds one."""
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """A program that gets what is to be signed on its standard input and writes 64 bytes of signature."""
+    public: str | None = None
+    """The public key that `command` signs with."""
+
+    @model_validator(mode="after")
+    def _command_and_its_key(self) -> Signing:
+        if (self.command is None) != (self.public is None):
+            raise ValueError("a signing command needs the public key it signs with, and the other way round")
+        return self
 
 
 class Project(Spec):
@@ -143,6 +162,9 @@ class Project(Spec):
     robustness: Robustness = Robustness()
     search: Search = Search()
     budget: Budget = Budget()
+    signing: Signing = Signing()
+    licence: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Of the model: an SPDX expression, for the bundle's SBOM."""
 
     @field_validator("name")
     @classmethod

@@ -26,6 +26,9 @@ class Cpu(Spec):
     """None where the target is a class of processors with any number of them."""
     flags: tuple[str, ...]
     """Must stand in /proc/cpuinfo ("flags" on x86, "Features" on ARM), spelt as there."""
+    newer_flags: tuple[str, ...] = ()
+    """Of later processors, for which runtimes have faster kernels. One that has any of them runs the target's bundles,
+    but its times are not the target's."""
 
 
 class Accelerator(Spec):

@@ -136,6 +136,16 @@ class Release(Spec):
     """Take its wheels also for a Python that its metadata excludes: the file argues why that is right."""
     system: dict[Machine, tuple[SystemPackage, ...]] = Field(default_factory=dict)
     """What the devices of a machine have to bring themselves."""
+    keep: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """What a bundle needs of a wheel, by the wheel's name: patterns of paths in it, of which the last that matches
+    counts; `*` stands for anything, and a `!` in front leaves out. A wheel that is not named is shipped whole."""
+    keep_on: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
+    """More patterns for bundles that run on a device of the runtime: CPU, NPU."""
+
+    def kept(self, device: str | None) -> dict[str, tuple[str, ...]]:
+        """The patterns for a bundle that runs on that device of the runtime."""
+        more = {} if device is None else self.keep_on.get(device, {})
+        return {name: self.keep.get(name, ()) + more.get(name, ()) for name in sorted({*self.keep, *more})}
 
 
 class Toolchain(Spec):
@@ -194,8 +204,10 @@ class Toolchain(Spec):
 
     def system_packages(self, pin: Pin) -> tuple[SystemPackage, ...]:
         """What a device needs beside the wheels of `pin`."""
-        release = next(each for each in self.release if each.version == pin.release)
-        return release.system.get(pin.machine, ())
+        return self.release_of(pin).system.get(pin.machine, ())
+
+    def release_of(self, pin: Pin) -> Release:
+        return next(each for each in self.release if each.version == pin.release)
 
     def _offer(self, version: str | None) -> str:
         """`1.32.0 for aarch64 or x86_64 (Python 3.11; glibc 2.28 or newer); ...`: what the pins hold, in short."""

@@ -334,7 +334,7 @@ def test_a_damaged_bundle_is_exit_code_8(project: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("limit", "where"),
-    [(300 << 10, "before/model.onnx"), (20 << 20, "dist/fashion-mnist-rpi4.edgepack")],
+    [(300 << 10, "before/model.onnx"), (10 << 20, "dist/fashion-mnist-rpi4.edgepack")],
 )
 def test_a_full_disk_is_said_so_and_leaves_no_half_bundle(whole: Path, tmp_path: Path, limit: int, where: str) -> None:
     """The limit on a file's size stands in for it: at the user's model, at the bundle."""

@@ -86,6 +86,19 @@ def test_an_emulated_device_never_shows_a_latency_in_the_text_either(project: Pa
     assert " ms" not in done.stdout
 
 
+def test_a_device_verifies_a_signed_bundle_by_itself(project: Path, rpi4: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "signed.edgepack"
+    shutil.copy(project / "dist" / "fashion-mnist-rpi4.edgepack", bundle)
+    for name in ("a.pem", "b.pem"):
+        document("key", "new", str(tmp_path / name), cwd=project)
+    document("bundle", "sign", str(bundle), "--key", str(tmp_path / "a.pem"), cwd=project)
+    done = edgepack("bench", str(bundle), "--device", rpi4, "--key", str(tmp_path / "a.pem.pub"), cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert f"{rpi4}: accepts the bundle's signature" in done.stderr
+    other = edgepack("bench", str(bundle), "--device", rpi4, "--key", str(tmp_path / "b.pem.pub"), cwd=project)
+    assert other.returncode == 8
+
+
 def test_nothing_is_uploaded_twice(project: Path, rpi4: str) -> None:
     first = edgepack("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", rpi4, cwd=project)
     again = edgepack("bench", "dist/fashion-mnist-rpi4.edgepack", "--device", rpi4, cwd=project)

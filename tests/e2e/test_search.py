@@ -18,6 +18,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgepack.bench.here import flags_here
 from edgepack.bench.versus import SpeedRatio, SpeedVerdict
 from edgepack.build import build as building
 from edgepack.build import reference
@@ -34,9 +35,10 @@ from edgepack.judge.gate import Verdict
 from edgepack.judge.session import RuntimeSession
 from edgepack.passes import PASSES
 from edgepack.passes.contract import PassContext, PassDefect
-from edgepack.runtimes.recipes import proposals
+from edgepack.runtimes.recipes import Recipe, proposals
 from edgepack.spec.target import load_target
 from edgepack.store import Json, Store, digest_file
+from tests.support import graphs
 from tests.support.cli import Done, clean_cache, command, edgepack, environment, example
 from tests.support.documents import documented
 
@@ -437,6 +439,88 @@ def test_what_int8_ruins_ships_with_float_arithmetic(tmp_path: Path) -> None:
     assert len(rows) == 1 and row["candidate"] == "weights-int8" and row["answer"] == "passed"
     found = outcomes(row["search"])
     assert {found[name] for name in ("int8", "int8-percentile", "int8-gptq", "int8-mixed-1")} == {"dropped"}
+
+
+def write_project(folder: Path, model: onnx.ModelProto, evaluation: dict[str, Any], more: str = "") -> Path:
+    """A project that is judged by agreement; the first 64 samples calibrate."""
+    folder.mkdir()
+    onnx.save(model, folder / "m.onnx")
+    (folder / "calibration.npz").write_bytes(npz_bytes({name: array[:64] for name, array in evaluation.items()}))
+    (folder / "evaluation.npz").write_bytes(npz_bytes({name: array[64:] for name, array in evaluation.items()}))
+    (folder / "edgepack.toml").write_text(
+        'name = "small"\nmodel = "m.onnx"\n[calibration]\ndata = "calibration.npz"\n'
+        f'[evaluation]\ndata = "evaluation.npz"\n{more}',
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_where_products_saturate_eight_bits_are_dropped_by_emulation_and_seven_hold(tmp_path: Path) -> None:
+    model, samples = graphs.saturating(464)
+    project = write_project(tmp_path / "project", model, {"x": samples}, "[gate]\nmax_drop = 0.1\n")
+    store = Store(clean_cache(tmp_path / "cache"))
+    opened, bench = open_project(project / "edgepack.toml", store), Workbench(store=store, say=lambda _: None)
+    target = load_target("x86-avx2")
+    judge = Judge(opened=opened, bench=bench, arena=Here(bench, target))
+
+    def answer(recipe: Recipe) -> str:
+        plan = plan_for(opened, target, target.os_named(), recipe, bench)
+        made = Made(plan=plan, record=execute(plan, opened, bench))
+        return judge.select(made, opened.evaluation, gate_samples=400).verdict.answer
+
+    recipes = {each.name: each for each in proposals(target, "latency")}
+    assert recipes["int8-wide"].emulate_saturation and answer(recipes["int8-wide"]) == "missed"
+    assert answer(recipes["int8"]) == "passed"
+    if "avx512_vnni" in flags_here():  # what this machine itself computes would not have shown it
+        assert answer(dataclasses.replace(recipes["int8-wide"], emulate_saturation=False)) == "passed"
+
+
+def test_a_resolution_that_the_project_allows_is_tried_and_taken(tmp_path: Path) -> None:
+    """A network of one colour a class, seen at half its sides: a quarter of the arithmetic."""
+    random = np.random.default_rng(4)
+    node = helper.make_node
+    model = graphs.model(
+        [
+            node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+            node("Relu", ["c"], ["r"]),
+            node("Conv", ["r", "v"], ["d"]),
+            node("GlobalAveragePool", ["d"], ["g"]),
+            node("Flatten", ["g"], ["y"]),
+        ],
+        [graphs.value("x", 1, 3, 16, 16)],
+        [graphs.value("y", 1, 5)],
+        {"w": graphs.normal(1, 16, 3, 3, 3), "v": graphs.normal(2, 5, 16, 1, 1)},
+    )
+    colours = random.normal(size=(864, 1, 3, 1, 1)) + 0.1 * random.normal(size=(864, 1, 3, 16, 16))
+    project = write_project(
+        tmp_path / "project",
+        model,
+        {"x": colours.astype(np.float32)},
+        "[gate]\nmax_drop = 0.25\n[search]\nresolutions = [0.5, 0.75]\nevaluations = 5\n",
+    )
+    done = edgepack(
+        *("build", "-t", "rpi4", "--json", "--objective", "latency"),
+        cwd=project,
+        cache=clean_cache(tmp_path / "cache"),
+    )
+    (row,) = done.document["bundles"]
+    found = by_name(row["search"])
+    assert row["candidate"] == "int8-r0.5" and found["int8-r0.75"]["outcome"] == "kept"
+    assert [each["name"] for each in found["int8-r0.5"]["passes"]][:2] == ["canonicalise", "resolution"]
+
+
+@pytest.mark.full
+def test_the_best_so_far_is_tried_with_fewer_channels(tmp_path: Path) -> None:
+    project = example(tmp_path / "project", evaluations=8, changes=FEW)
+    done = edgepack(
+        *("build", "-t", "rpi4", "--json", "--objective", "balanced"),
+        cwd=project,
+        cache=clean_cache(tmp_path / "cache"),
+    )
+    (row,) = done.document["bundles"]
+    pruned = [each for name, each in by_name(row["search"]).items() if name.endswith("-m0.7")]
+    assert len(pruned) == 1 and pruned[0]["selection"] is not None
+    assert [each["name"] for each in pruned[0]["passes"]][:2] == ["canonicalise", "prune-channels"]
 
 
 def test_the_layer_that_int8_ruins_is_the_most_sensitive(tmp_path: Path) -> None:

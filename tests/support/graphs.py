@@ -218,6 +218,25 @@ def reversed_padding() -> onnx.ModelProto:
     return model(nodes, [value("x", 1, 1, 4, 4)], [value("y", 1, 2, 2, 2)], constants)
 
 
+def saturating(count: int) -> tuple[onnx.ModelProto, Array]:
+    """A small network of large, paired weights, x [1, 64] -> y [1, 4], and so many bright samples [count, 1, 64]."""
+    generator = np.random.default_rng(5)
+    signs = np.repeat(generator.choice([-1.0, 1.0], [32, 16]), 2, axis=0)
+    hidden = (signs * generator.uniform(0.9, 1, [64, 16])).astype(np.float32)
+    last = generator.normal(size=[16, 4]).astype(np.float32)
+    inputs = np.clip(generator.normal(0.8, 0.15, [count, 1, 64]), 0, 1).astype(np.float32)
+    centre = -(inputs.mean(axis=(0, 1)) @ hidden)
+    before = (inputs[:, 0] @ hidden + centre).clip(0)
+    bias = -(before @ last).mean(axis=0)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], name="first"),
+        helper.make_node("Relu", ["h"], ["r"], name="relu"),
+        helper.make_node("Gemm", ["r", "v", "c"], ["y"], name="second"),
+    ]
+    constants = {"w": hidden, "b": centre.astype(np.float32), "v": last, "c": bias.astype(np.float32)}
+    return model(nodes, [value("x", 1, 64)], [value("y", 1, 4)], constants), inputs
+
+
 def run(graph: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
     """Every output, by onnx's reference implementation."""
     names = [output.name for output in graph.graph.output]

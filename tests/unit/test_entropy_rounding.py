@@ -66,6 +66,20 @@ def test_it_costs_less_than_nearest_integers_at_its_own_step() -> None:
     assert total_cost(weights, found, feedback, 20.0) < total_cost(weights, nearest, feedback, 20.0)
 
 
+def test_an_output_beyond_the_integers_gets_a_scale_of_its_own_and_the_others_share_theirs() -> None:
+    weights, second = problem()
+    feedback = factor(second, damping=0.01)
+    alone = round_for_rate(weights, feedback, 8, 100.0)
+    weights[0, 3] *= 50
+    found = round_for_rate(weights, feedback, 8, 100.0)
+    others = np.arange(weights.shape[1]) != 3
+    assert len({*found.scales[0, others]}) == 1 and found.scales[0, 3] > 5 * found.scales[0, 0]
+    lost, before = (
+        layer_cost(w, each.values, feedback)[0, others].sum() for w, each in ((weights, found), (weights, alone))
+    )
+    assert lost < 1.1 * before  # the one beyond costs the others nothing
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("worth", [1e-6, 1.0, 1e9])
 def test_integers_stay_within_their_bits_at_any_price(bits: int, worth: float) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgepack.errors import GateMissedError, GateUnresolvedError, InputError
 from edgepack.judge.data_set import Labels
-from edgepack.judge.gate import Verdict, judge_drop, raise_for, resolve_max_drop
+from edgepack.judge.gate import Verdict, chance_to_pass, foresee_worst, judge_drop, raise_for, resolve_max_drop
 from edgepack.judge.metric import MetricInstance
 from edgepack.judge.metrics import make_metric
 from edgepack.spec.project import Gate, Metric
@@ -218,3 +218,21 @@ def test_a_verdict_is_plain_json() -> None:
     assert document["answer"] == "unresolved"
     assert document["metric"] == "top1"
     assert len(document["interval"]) == 2
+
+
+def test_the_chance_to_pass_is_that_of_a_proof_or_of_a_drop_within_the_limit() -> None:
+    def chances(lost: int) -> list[float]:
+        seen = top1_verdict(55, lost, max_drop=0.05)
+        return [chance_to_pass(seen, worst_of_165(lost), proved=proved) for proved in (True, False)]
+
+    def worst_of_165(lost: int) -> float:
+        labels = np.zeros(55, int)
+        metric = metric_of("top1", labels)
+        before = [metric.statistic({"y": RIGHT}, labels[0], {"y": RIGHT})] * 55
+        after = [metric.statistic({"y": WRONG if i < lost else RIGHT}, labels[0], {"y": RIGHT}) for i in range(55)]
+        return foresee_worst(metric, baseline=before, candidate=after, gate=Gate(max_drop=0.05), samples=165)
+
+    found = [chances(lost) for lost in (0, 1, 2, 4)]
+    assert all(proof < hope for proof, hope in found)
+    assert found == sorted(found, reverse=True)
+    assert found[0][1] > 0.9 and found[3][1] < 0.5  # 4 of 55 are beyond the limit

@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.judge.saturation import SaturatingModel
 from edgepack.judge.saturation_arithmetic import ConvWeights, PairedWeights, Window
+from edgepack.passes.compact import compact
 from tests.support import graphs
 from tests.support.saturation_golden import CONVS, GOLDEN, cases, large_weights, quantised
 from tests.unit import test_qdq
@@ -136,27 +137,12 @@ def test_the_recorded_models_are_those_that_are_made_today() -> None:
             assert np.allclose(found, expected) if found.dtype.kind == "f" else np.array_equal(found, expected)
 
 
-CLASSES, INPUTS = 4, 64
-
-
 def classifier(weight_bits: int) -> tuple[onnx.ModelProto, Array, Array]:
-    """A small network of large, paired weights and bright inputs; samples, and their classes in fp32."""
-    generator = np.random.default_rng(5)
-    signs = np.repeat(generator.choice([-1.0, 1.0], [INPUTS // 2, 16]), 2, axis=0)
-    hidden = (signs * generator.uniform(0.9, 1, [INPUTS, 16])).astype(np.float32)
-    last = generator.normal(size=[16, CLASSES]).astype(np.float32)
-    samples = np.clip(generator.normal(0.8, 0.15, [250, 1, INPUTS]), 0, 1).astype(np.float32)
-    centre = -(samples.mean(axis=(0, 1)) @ hidden)
-    before = (samples[:, 0] @ hidden + centre).clip(0)
-    bias = -(before @ last).mean(axis=0)
-    classes = (before @ last + bias).argmax(axis=1)
-    nodes = [
-        helper.make_node("Gemm", ["x", "w", "b"], ["h"], name="first"),
-        helper.make_node("Relu", ["h"], ["r"], name="relu"),
-        helper.make_node("Gemm", ["r", "v", "c"], ["y"], name="second"),
-    ]
-    constants = {"w": hidden, "b": centre.astype(np.float32), "v": last, "c": bias.astype(np.float32)}
-    return quantised(nodes, constants, samples, weight_bits=weight_bits, opset=21), samples, classes
+    """`graphs.saturating`, quantised; samples, and their classes in fp32."""
+    model, samples = graphs.saturating(250)
+    classes = np.array([graphs.run(model, {"x": x})["y"].argmax() for x in samples])
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return quantised([*model.graph.node], constants, samples, weight_bits=weight_bits, opset=21), samples, classes
 
 
 def by_reference(model: onnx.ModelProto, samples: Array) -> list[Array]:
@@ -265,3 +251,13 @@ def test_a_feed_without_an_input_or_of_another_shape_is_bad_input() -> None:
         list(SaturatingModel(model).run([{"other": x[0]}]))
     with pytest.raises(InputError, match="cannot be run"):
         list(SaturatingModel(model).run([{"x": x[0][:, :-1]}]))
+
+
+def test_a_compacted_model_saturates_as_it_did_before() -> None:
+    """It leaves out zero points of 0, and multiplies the scales of a bias."""
+    eight, samples, _ = classifier(8)
+    models = [SaturatingModel(each) for each in (eight, compact(eight))]
+    before, after = ([output["y"] for output in each.run({"x": x} for x in samples[:20])] for each in models)
+    assert [len(each.layers) for each in models] == [2, 2]
+    assert models[1].layers[0].clipped > 0
+    assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))

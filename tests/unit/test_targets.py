@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
 
+from edgepack.bench import here
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.spec.shipped import shipped_folder
 from edgepack.spec.target import Target, load_target, targets
@@ -130,3 +132,21 @@ def test_a_file_whose_name_differs_from_the_target_in_it_is_refused(tmp_path: Pa
 def test_a_folder_without_targets_says_that_something_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no target here"):
         targets(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "own"),
+    [
+        ("avx2 fma", "x86-avx2"),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl", "x86-avx512"),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl avx512_vnni", "x86-avx512-vnni"),
+        ("avx2 fma avx_vnni", None),
+    ],
+)
+def test_a_machine_times_for_the_one_target_whose_kernels_it_has(
+    flags: str, own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here, "flags_here", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    fitting = [t.name for t in targets() if t.family == "x86" and not here.missing_here(t) and not here.newer_here(t)]
+    assert fitting == ([own] if own else [])

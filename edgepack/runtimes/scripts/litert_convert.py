@@ -643,15 +643,22 @@ def constant(model: Any, tensor: Any) -> Any:
 
 
 def layer_ranges(model: Any, chosen: dict[bytes, list[Weight]], known: dict[str, Any], measured: Any) -> dict[str, Any]:
-    """What is known of the tensors before and behind layers, in the form of what was measured."""
-    import numpy
+    """What is known of the tensors before and behind layers, in the form of what was measured.
 
+    Before a layer's padding too, which is an operator of its own here and has the scale of what it pads.
+    """
+    import numpy
+    from ai_edge_litert import schema_py_generated as schema
+
+    pads = {i for i, code in enumerate(model.operatorCodes) if code.builtinCode == schema.BuiltinOperator.PAD}
     found = {}
     for graph in model.subgraphs:
+        padded = {op.outputs[0]: op.inputs[0] for op in graph.operators if op.opcodeIndex in pads}
         for operator in graph.operators:
             layers = [w.layer for i in operator.inputs if i >= 0 for w in chosen.get(graph.tensors[i].name, [])]
             for layer in [layer for layer in layers if layer in known][:1]:
-                for index, side in ((operator.inputs[0], "input"), (operator.outputs[0], "output")):
+                before, behind = operator.inputs[0], operator.outputs[0]
+                for index, side in ((before, "input"), (padded.get(before, before), "input"), (behind, "output")):
                     name, limits = graph.tensors[index].name.decode(), known[layer][side]
                     if limits is not None and name in measured:
                         ends = zip(("min", "max"), limits, strict=True)
