@@ -48,7 +48,7 @@ class Candidate:
 
     @property
     def is_static(self) -> bool:
-        """Whether it computes in integers whose ranges were fixed beforehand, in onnxruntime."""
+        """Whether it is made by `quantise-static`: in integers whose ranges were fixed beforehand, in ONNX first."""
         return any(use.name == "quantise-static" for use in self.plan.recipe.passes)
 
     @property

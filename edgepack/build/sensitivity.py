@@ -103,7 +103,9 @@ class _Probes:
 
     def __init__(self, made: Made, opened: OpenProject, bench: Workbench, folder: Path, fp32: Path) -> None:
         self.opened, self.bench, self.folder, self.fp32 = opened, bench, folder, fp32
-        self.version = made.plan.runtime_version
+        plan = made.plan
+        # In the pinned onnxruntime where another runtime ships: probes are ONNX.
+        self.version = plan.runtime_version if plan.recipe.runtime == "onnxruntime" else None
         self.stack = contextlib.ExitStack()
         self.session: RuntimeSession | None = None
         self.reference: list[Feed] = []

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import onnx
+
 from edgepack.errors import UnsupportedError
+from edgepack.graph.index import GraphIndex
 from edgepack.passes.contract import PassContext, PassDefect, read_onnx, require_static_inputs
+from edgepack.passes.histograms import Range
+from edgepack.passes.observe import load_ranges
+from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -19,6 +27,10 @@ MAX_RELATIVE_ERROR = 1e-3
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
 """LiteRT has IF and WHILE; their bodies would need layouts of their own, which nothing here keeps."""
+
+LAYER_RANGES = "layers.json"
+GIVEN = {"integers": "integers", "layer_ranges": "ranges"}
+"""Of the request: the role of the file."""
 
 INTEGER_MODES = ("static", "dynamic", "weights")
 
@@ -33,7 +45,7 @@ TFLITE_RUNTIME_FLOAT = ("DIV", "RSQRT", "SQRT")
 
 class ConvertLitert:
     name: ClassVar[str] = "convert-litert"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "ONNX to LiteRT, float32, static shapes, results compared"
     toolchain: ClassVar[str | None] = "onnx2tf"
     uses_calibration: ClassVar[bool] = True
@@ -61,17 +73,41 @@ class ConvertLitert:
                 **dict(params),
             }
         )
-        return files_of(answer, self.name)
+        return {**files_of(answer, self.name), **_handed_on(model, files, context.folder)}
+
+
+def _handed_on(model: onnx.ModelProto, files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Integers that an earlier pass chose, and ranges that were measured: by layer, as LiteRT's tensors have other
+    names."""
+    made: dict[str, Path] = {}
+    if "integers" in files:
+        made["integers"] = Path(shutil.copyfile(files["integers"], folder / files["integers"].name))
+    if "ranges" in files:
+        made["ranges"] = folder / LAYER_RANGES
+        ranges = layer_ranges(model, load_ranges(files["ranges"]))
+        made["ranges"].write_text(json.dumps(ranges, indent=0, sort_keys=True), encoding="utf-8")
+    return made
+
+
+def layer_ranges(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> dict[str, dict[str, Range | None]]:
+    """At each layer's input and output, behind the Relu or Clip that static int8 takes in; None where it has none."""
+    plan, index = plan_qdq(model), GraphIndex(model.graph)
+    return {
+        node.name: {"input": ranges.get(node.input[0]), "output": ranges.get(plan.end(node, index))}
+        for node in model.graph.node
+        if plan.nodes.get(node.name) in WEIGHTED
+    }
 
 
 class QuantiseLitert:
     """Params: `default` and, for types of operators or names of outputs, other modes (scripts/litert_convert.py).
 
-    `not_static` names types that stay in float where all others become static int8.
+    `not_static` names types that stay in float where all others become static int8. Weights that an earlier pass chose
+    as integers are stored as they are, with their scales, and ranges that `observe` measured are not measured again.
     """
 
     name: ClassVar[str] = "quantise-litert"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     title: ClassVar[str] = "weights per channel, by mode for each operator (litert-quantizer)"
     toolchain: ClassVar[str | None] = "litert-quantizer"
     uses_calibration: ClassVar[bool] = True
@@ -95,6 +131,7 @@ class QuantiseLitert:
         kept, chosen = settings.pop("not_static"), settings.pop("operators")
         assert isinstance(kept, list) and isinstance(chosen, dict)
         left = {str(kind): "float" for kind in kept} if params["default"] == "static" else {}
+        given = {name: str(files[role]) for name, role in GIVEN.items() if role in files}
         answer = context.tool(
             {
                 "verb": "quantise",
@@ -103,9 +140,12 @@ class QuantiseLitert:
                 "output": str(context.folder),
                 "feeds": [str(path) for path in context.feed_files(CALIBRATION_SAMPLES)],
                 "operators": {**left, **chosen},
+                **given,
                 **settings,
             }
         )
+        if "integers" in given and not answer.get("given"):
+            raise PassDefect(f"{self.name}: not one of the weights that were chosen as integers was stored as such")
         types = answer.get("types")
         wanted = {"INT4", "INT8"} if params["default"] in INTEGER_MODES else {"FLOAT16"}
         if params["default"] != "float" and not (isinstance(types, dict) and wanted & set(types)):

@@ -38,6 +38,13 @@ class QdqPlan:
             name = self.aliases[name]
         return name
 
+    def end(self, node: onnx.NodeProto, index: GraphIndex) -> str:
+        """The tensor that carries the scale of the node's first output: its own, or its absorbed reader's."""
+        reader = index.sole_reader(node.output[0])
+        if reader is not None and reader.name in self.absorbed:
+            return str(reader.output[0])
+        return str(node.output[0])
+
     @property
     def measured(self) -> tuple[str, ...]:
         """Tensors whose range has to be measured."""

@@ -81,7 +81,7 @@ class _Rewriter:
                 copy.input[position] = self._float_name(name)
         if quantised and node.op_type in ("Conv", "Gemm", "MatMul"):
             self._quantise_weights(node, copy)
-        end = self._end(node)
+        end = self.plan.end(node, self.index)
         if end in self.scales and self._leaves_rounded(end):
             copy.output[0] = f"{self.prefix}:{end}.raw"
         self.nodes.append(copy)
@@ -101,13 +101,6 @@ class _Rewriter:
     def _float_name(self, name: str) -> str:
         """Of a tensor behind its DequantizeLinear."""
         return f"{self.prefix}:{name}.f"
-
-    def _end(self, node: onnx.NodeProto) -> str:
-        """The tensor that carries the scale of this node's first output: its own, or its absorbed reader's."""
-        reader = self.index.sole_reader(node.output[0])
-        if reader is not None and reader.name in self.plan.absorbed:
-            return str(reader.output[0])
-        return str(node.output[0])
 
     def _pair(self, name: str, made: str) -> None:
         """QuantizeLinear and DequantizeLinear from `made` to the float name of `name`."""

@@ -97,6 +97,9 @@ BIT_PRICES = (0.04, 0.01, 0.0025, 0.0006)
 Between the first that holds and the one before it, a search goes on by halves."""
 
 
+GPTQ_WHY = "int8, weights chosen by GPTQ, biases corrected"
+
+
 def rung(price: float) -> str:
     """The name of the recipe whose bits have this price."""
     return f"int8-p{price:.2g}"
@@ -110,6 +113,13 @@ STATIC_ORDER: dict[Objective, tuple[str, ...]] = {
     "size": (*RUNGS, "int8", "int8-percentile", "int8-gptq", "int8-mse", "int8-smooth"),
 }
 """Static int8 in the order in which it is tried. Ranges: ADR 13. Equalisation is last, as it proved nothing there."""
+
+ONE_RUNTIME_ORDER: dict[Objective, tuple[str, ...]] = {
+    "latency": ("int8", "int8-gptq"),
+    "balanced": ("int8", *RUNGS, "int8-gptq"),
+    "size": (*RUNGS, "int8", "int8-gptq"),
+}
+"""Static int8 for targets that run LiteRT or OpenVINO alone; the rest of what each offers comes behind it."""
 
 OTHER_ORDER = ("int8-dynamic", "weights-int4", "weights-int8", "half")
 
@@ -161,9 +171,9 @@ def proposals(target: Target, objective: Objective, *, npu_compiler: bool = Fals
     """
     runtime = runtime_of(target)
     if runtime in LITERT:
-        return _litert_recipes(runtime)
+        return _litert_recipes(runtime, objective, target.numerics.weight_bits)
     if runtime == "openvino" and target.accelerator is None:
-        return _openvino_cpu(target)
+        return _openvino_alone(target, objective)
     if runtime == "openvino":
         why, nncf = "weights and activations in int8 (NNCF)", (Use(name="quantise-nncf"),)
         return (_openvino(target, "int8", why, "int8", nncf, npu_compiler=npu_compiler),)
@@ -180,13 +190,13 @@ def proposals(target: Target, objective: Objective, *, npu_compiler: bool = Fals
 
 def _static_recipes(target: Target) -> dict[str, Recipe]:
     bits = target.numerics.weight_bits
-    gptq = Use(name="gptq", params={"bits": bits})
+    gptq = _gptq(bits, None)
     return {
         **{rung(price): priced(price, bits) for price in BIT_PRICES},
         "int8": _static("int8", "int8, ranges from smallest to largest value"),
         "int8-percentile": _static("int8-percentile", "int8, ranges that cover 99.99 %", ranges="percentile"),
         "int8-mse": _static("int8-mse", "int8, ranges of least squared error", ranges="mse"),
-        "int8-gptq": _static("int8-gptq", "int8, weights chosen by GPTQ, biases corrected", gptq),
+        "int8-gptq": _static("int8-gptq", GPTQ_WHY, gptq),
         "int8-equalised": _static("int8-equalised", "int8 after cross-layer equalisation", Use(name="equalise")),
         "int8-smooth": _static("int8-smooth", "int8 after SmoothQuant", Use(name="smooth")),
     }
@@ -194,12 +204,21 @@ def _static_recipes(target: Target) -> dict[str, Recipe]:
 
 def priced(price: float, bits: int) -> Recipe:
     """int8 whose weights are chosen for a short code: the higher the price of a bit, the fewer bytes."""
-    why = f"int8, weights chosen for a short code (GPTQ, {price:.2g} a bit)"
-    return _static(rung(price), why, Use(name="gptq", params={"bits": bits, "bit_price": price}))
+    return _static(rung(price), _why_priced(price), _gptq(bits, price))
+
+
+def _why_priced(price: float) -> str:
+    return f"int8, weights chosen for a short code (GPTQ, {price:.2g} a bit)"
+
+
+def _gptq(bits: int, price: float | None) -> Use:
+    return Use(name="gptq", params={"bits": bits} if price is None else {"bits": bits, "bit_price": price})
 
 
 def price_of(recipe: Recipe) -> float | None:
-    """The price of a bit in a recipe that has one."""
+    """The price of a bit in a recipe of onnxruntime that has one: between those a search goes on with `priced`."""
+    if recipe.runtime != "onnxruntime":
+        return None
     found = next((use.params.get("bit_price") for use in recipe.passes if use.name == "gptq"), None)
     return found if isinstance(found, float) else None
 
@@ -222,8 +241,12 @@ def smaller_input(recipe: Recipe, share: float) -> Recipe:
 
 def _static(name: str, why: str, *before: Use, ranges: str = "min-max") -> Recipe:
     """Static int8; what it leaves in float is stored in int8."""
-    static = (Use(name="observe", params={"range": ranges}), Use(name="quantise-static"))
-    return _onnxruntime(name, why, "int8", (*before, *static, Use(name="weight-only", optional=True), *TRAVELS))
+    rest = Use(name="weight-only", optional=True)
+    return _onnxruntime(name, why, "int8", (*before, *_integers(ranges), rest, *TRAVELS))
+
+
+def _integers(ranges: str = "min-max") -> tuple[Use, ...]:
+    return (Use(name="observe", params={"range": ranges}), Use(name="quantise-static"))
 
 
 def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
@@ -233,7 +256,8 @@ def _eight_bits_where_they_may_saturate(plain: Recipe) -> Recipe:
 
 
 CODE = Use(name="code", optional=True)
-TRAVELS = (Use(name="compact"), CODE)
+COMPACT = Use(name="compact")
+TRAVELS = (COMPACT, CODE)
 """At the end of every ONNX recipe."""
 
 
@@ -278,6 +302,21 @@ def _onnxruntime(name: str, why: str, precision: Precision, passes: tuple[Use, .
     )
 
 
+def _openvino_alone(target: Target, objective: Objective) -> tuple[Recipe, ...]:
+    """With what `_openvino_cpu` has, integers that GPTQ chose: OpenVINO takes them and their scales out of ONNX as they
+    are."""
+    int8, *others = _openvino_cpu(target)
+    bits = target.numerics.weight_bits
+    known = {"int8": int8}
+    for name, price in {"int8-gptq": None, **dict(zip(RUNGS, BIT_PRICES, strict=True))}.items():
+        why = GPTQ_WHY if price is None else _why_priced(price)
+        static = (_gptq(bits, price), *_integers(), COMPACT)
+        known[name] = _openvino(
+            target, f"openvino-{name}", f"{why}; in OpenVINO", "int8", (), npu_compiler=False, before=static
+        )
+    return (*(known[name] for name in ONE_RUNTIME_ORDER[objective]), *others)
+
+
 def _openvino_cpu(target: Target) -> tuple[Recipe, ...]:
     """OpenVINO on the processor: int8 first, then what it computes in 16 bits, then float32."""
     nncf = (Use(name="quantise-nncf"),)
@@ -306,7 +345,9 @@ def _openvino(
     passes: tuple[Use, ...],
     *,
     npu_compiler: bool,
+    before: tuple[Use, ...] = (),
 ) -> Recipe:
+    """`before` is done to ONNX, `passes` to OpenVINO's own format."""
     npu = target.accelerator is not None and target.accelerator.kind == "npu"
     compiled = (Use(name="compile-npu"),) if npu and npu_compiler else ()
     return Recipe(
@@ -314,7 +355,7 @@ def _openvino(
         why=why,
         runtime="openvino",
         precision=precision,
-        passes=(Use(name="canonicalise"), Use(name="convert-openvino"), *passes, *compiled, CODE),
+        passes=(Use(name="canonicalise"), *before, Use(name="convert-openvino"), *passes, *compiled, CODE),
         model_format="openvino-ir",
         device_options=OPENVINO_NPU if npu else OPENVINO_CPU,
         judge_options=OPENVINO_CPU,
@@ -327,11 +368,17 @@ LITERT = ("litert", "tflite-runtime")
 """One format and one interpreter, of two ages."""
 
 
-def _litert_recipes(runtime: str) -> tuple[Recipe, ...]:
+def _litert_recipes(runtime: str, objective: Objective, bits: int) -> tuple[Recipe, ...]:
     """In the order in which a Cortex-A72 and an A76 gained by them, by instructions: static, mixed, dynamic."""
+    static: dict[str, Json] = {"default": "static"}
     mixed: dict[str, Json] = {"default": "static", "operators": {"FULLY_CONNECTED": "dynamic"}}
+    known = {"int8": _litert(runtime, "int8", "weights and activations in int8", "int8", static)}
+    for name, price in {"int8-gptq": None, **dict(zip(RUNGS, BIT_PRICES, strict=True))}.items():
+        why = GPTQ_WHY if price is None else _why_priced(price)
+        before = (_gptq(bits, price), Use(name="observe"))
+        known[name] = _litert(runtime, name, why, "int8", static, before=before)
     return (
-        _litert(runtime, "int8", "weights and activations in int8", "int8", {"default": "static"}),
+        *(known[name] for name in ONE_RUNTIME_ORDER[objective]),
         _litert(runtime, "int8-mixed", "convolutions in static int8, full connections in dynamic", "int8", mixed),
         _litert(
             runtime,
@@ -350,14 +397,23 @@ def _litert_recipes(runtime: str) -> tuple[Recipe, ...]:
     )
 
 
-def _litert(runtime: str, name: str, why: str, precision: Precision, modes: Mapping[str, Json] | None) -> Recipe:
+def _litert(
+    runtime: str,
+    name: str,
+    why: str,
+    precision: Precision,
+    modes: Mapping[str, Json] | None,
+    *,
+    before: tuple[Use, ...] = (),
+) -> Recipe:
+    """`before` is done to ONNX; None for `modes` leaves the model in float."""
     quantise = () if modes is None else (Use(name="quantise-litert", params=modes),)
     return Recipe(
         name=name,
         why=why,
         runtime=runtime,
         precision=precision,
-        passes=(Use(name="canonicalise"), Use(name="convert-litert"), *quantise, CODE),
+        passes=(Use(name="canonicalise"), *before, Use(name="convert-litert"), *quantise, CODE),
         model_format="tflite",
         device_options=LITERT_OPTIONS,
         judge_options=LITERT_OPTIONS,

@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from edgepack.errors import InputError, StorageError, ToolchainError, UnsupportedError
+from edgepack.passes.integers import IntegerWeight, dump_integers
 from edgepack.runtimes import converter
 from edgepack.store import Json
 from tests.support.litert import (
@@ -295,3 +298,58 @@ def test_a_feed_that_does_not_fit_is_named(tmp_path: Path) -> None:
     shutil.copy(folder / "source.onnx", folder / "feed-0.npz")
     with pytest.raises(InputError, match=r"feed-0\.npz: cannot be read"):
         quantise(folder, tmp_path / "out")
+
+
+READ_TENSORS = """import sys
+sys.path.insert(0, sys.argv[1])
+import numpy
+from ai_edge_litert.interpreter import Interpreter
+found = Interpreter(sys.argv[2])
+found.allocate_tensors()
+arrays = {}
+for each in found.get_tensor_details():
+    arrays[each["name"] + "|scales"] = each["quantization_parameters"]["scales"]
+    try:
+        value = found.get_tensor(each["index"])
+    except ValueError:
+        continue
+    arrays[each["name"] + "|value"] = value
+numpy.savez(sys.argv[3], **arrays)
+"""
+
+
+def test_integers_and_scales_that_were_chosen_are_in_the_model_tensor_by_tensor(tmp_path: Path) -> None:
+    random, model = np.random.default_rng(1), picture_net()
+    axes = {"w": 0, "v": 0, "g": 1}
+    chosen = {}
+    for number, node in enumerate(each for each in model.graph.node if each.op_type in ("Conv", "Gemm")):
+        node.name = f"layer{number}"
+        (place,) = [tensor for tensor in model.graph.initializer if tensor.name == node.input[1]]
+        axis = axes[place.name]
+        integers = random.integers(-3, 4, size=place.dims).astype(np.int8)
+        scales = random.uniform(0.02, 0.2, size=place.dims[axis]).astype(np.float32)
+        weight = IntegerWeight(integers=integers, scales=scales, axis=axis, bits=8)
+        place.CopyFrom(numpy_helper.from_array(weight.values, place.name))
+        chosen[node.name] = weight
+    convert(model, tmp_path)
+    (tmp_path / "integers.npz").write_bytes(dump_integers(chosen))
+    ranges = {"layer1": {"input": [0.0, 51.0], "output": None}}
+    (tmp_path / "layers.json").write_text(json.dumps(ranges))
+    given: dict[str, Json] = {"integers": str(tmp_path / "integers.npz"), "layer_ranges": str(tmp_path / "layers.json")}
+    answer = quantise(tmp_path, tmp_path / "q", **given)
+    assert answer["given"] == sorted(chosen)
+    argv = [sys.executable, "-I", "-S", "-c", READ_TENSORS, lib_folder("litert-quantizer")]
+    subprocess.run([*argv, str(tmp_path / "q" / "model.tflite"), str(tmp_path / "t.npz")], check=True, timeout=60)
+    with np.load(tmp_path / "t.npz") as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    for weight in chosen.values():
+        turned = weight.integers.transpose(0, 2, 3, 1) if weight.integers.ndim == 4 else weight.integers.T
+        same = [name for name, value in found.items() if name.endswith("|value") and np.array_equal(value, turned)]
+        assert len(same) == 1 and found[same[0]].dtype == np.int8
+        assert np.array_equal(found[same[0].replace("|value", "|scales")], weight.scales)
+    steps = [float(value[0]) for name, value in found.items() if name.endswith("|scales") and value.size == 1]
+    assert any(abs(step - 0.2) < 1e-6 for step in steps), "the range that was measured before: 51 / 255"
+    chosen["layer0"] = replace(chosen["layer0"], integers=chosen["layer0"].integers[::-1].copy())
+    (tmp_path / "integers.npz").write_bytes(dump_integers(chosen))
+    with pytest.raises(UnsupportedError, match="'layer0' are not in the converted model as they were chosen"):
+        quantise(tmp_path, tmp_path / "q", **given)

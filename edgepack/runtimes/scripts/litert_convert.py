@@ -9,17 +9,22 @@ Requests, `?` marks what may be left out:
    max_relative_error?: 0.001}`
 - `{verb: "quantise", lib (litert-quantizer's), model: .tflite, layout: .layout, output: folder, feeds: [.npz],
    default: MODE, operators?: {TYPE: MODE}, scopes?: {regular expression: MODE}, per_tensor?: [TYPE], bits?: 8 | 4,
-   ranges?: "min-max" | "moving-average"}`: types as LiteRT names them ("FULLY_CONNECTED"); a scope is searched for in
+   ranges?: "min-max" | "moving-average", integers?: .npz, layer_ranges?: .json}`: types as LiteRT names them
+  ("FULLY_CONNECTED"); a scope is searched for in
   the names of an operator's outputs. Later in this order wins: default, operators, scopes. MODE is `static` (int8
   activations with ranges from the feeds), `dynamic` (ranges measured at every run), `weights` (stored in integers,
   computed in float32), `float16` (weights stored in float16) or `float`. Weights have `bits` and one scale a channel,
   those of `per_tensor` types one scale in all.
+  `integers` (edgepack/passes/integers.py) are weights that were chosen already: `model` holds them times their scales,
+  and wherever it is quantised they and their scales are written as they are. `layer_ranges`, {layer: {"input": [low,
+  high], "output": [low, high] or null}}, stand in for what would be measured at those layers.
 
 Answers: `{ok: true, result: {...}}`, or `{ok: false, error: {kind, message}}` with kind `bad-request`, `unsupported`
 (the operator is named), `wrong` (the converter ended well, and its model computes something else), `storage`,
 `runtime` (a library failed) or `internal` (a defect here).
 Results have `files: {model: model.tflite, layout: model.layout}`, `operators: {type: count}` and `versions`; convert
-adds `errors: {output: largest difference by the largest value}`, quantise adds `types: {dtype: constants}`.
+adds `errors: {output: largest difference by the largest value}`, quantise adds `types: {dtype: constants}` and
+`given: [layer]`, whose integers were written.
 
 model.layout says how the model's inputs and outputs are those of the ONNX model:
     {"inputs": [{name, dtype, shape, position, model_shape, permutation}], "outputs": [...]}
@@ -36,6 +41,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -47,7 +53,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REQUIRED = object()
 FIELDS: dict[str, dict[str, tuple[type, object]]] = {
@@ -70,6 +76,8 @@ FIELDS: dict[str, dict[str, tuple[type, object]]] = {
         "per_tensor": (list, []),
         "bits": (int, 8),
         "ranges": (str, "min-max"),
+        "integers": (str, ""),
+        "layer_ranges": (str, ""),
     },
 }
 MODES = ("static", "dynamic", "weights", "float16", "float")
@@ -189,6 +197,11 @@ def read_feed(file: str) -> dict[str, Any]:
 
     with failing_as("bad-request", f"{file}: cannot be read"), numpy.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def read_json(file: str) -> Any:
+    with failing_as("bad-request", f"{file}: cannot be read"):
+        return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def read_flatbuffer(path: Path) -> Any:
@@ -455,16 +468,21 @@ def largest_error(port: dict[str, Any], expected: list[Any], raw: list[list[Any]
 # ---------------------------------------------------------------- quantise
 def quantise(request: dict[str, Any]) -> dict[str, object]:
     source, output = Path(request["model"]), Path(request["output"])
-    before = operators(read_flatbuffer(source))
-    with failing_as("bad-request", f"{request['layout']}: cannot be read"):
-        layout = json.loads(Path(request["layout"]).read_text(encoding="utf-8"))
+    floats = read_flatbuffer(source)
+    before = operators(floats)
+    layout = read_json(request["layout"])
+    chosen = placed(floats, read_integers(request["integers"])) if request["integers"] else {}
+    known = read_json(request["layer_ranges"]) if request["layer_ranges"] else {}
     with failing_as("runtime", "litert-quantizer does not load"):
         from litert_quantizer import quantizer
     recipe = recipe_of(request)
     feeds = [model_feed(layout, file) for file in request["feeds"]]
     with failing_as("unsupported", "litert-quantizer cannot quantise it"):
         ranges = calibrated(source, feeds, recipe, request["ranges"])
+        if ranges is not None:
+            ranges.update(layer_ranges(floats, chosen, known, ranges))
         made = quantizer.Quantizer(str(source), recipe.get_quantization_recipe()).quantize(ranges).quantized_model
+    made, given = written(made, floats, chosen)
     with scratch_in(output) as scratch:
         path = scratch / "model.tflite"
         with failing_as("storage", f"{output}: cannot be written"):
@@ -472,11 +490,11 @@ def quantise(request: dict[str, Any]) -> dict[str, object]:
         model = read_flatbuffer(path)
         counts, types = operators(model), constant_types(model)
         check_quantised(path, layout, feeds[0])
-        if counts == before and types == constant_types(read_flatbuffer(source)):
+        if counts == before and types == constant_types(floats):
             raise Failure("unsupported", f"nothing in it can be quantised so; operators: {', '.join(before)}")
         files = hand_over(path, layout, output)
     versions = {name: version(name) for name in ("litert-quantizer", "ai-edge-litert")}
-    return {"files": files, "operators": counts, "types": types, "versions": versions}
+    return {"files": files, "operators": counts, "types": types, "given": given, "versions": versions}
 
 
 def recipe_of(request: dict[str, Any]) -> Any:
@@ -540,6 +558,182 @@ def calibrated(source: Path, feeds: list[dict[int, Any]], recipe: Any, ranges: s
     if not found:
         raise Failure("unsupported", "nothing in it can be quantised so: no operator that int8 ranges are for")
     return found
+
+
+# ---------------------------------------------------------------- weights that were chosen before
+WITH_BIAS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+"""Input, weights, bias."""
+
+
+class Weight(NamedTuple):
+    """A layer's weights, turned as a tensor of the model holds them."""
+
+    layer: str
+    integers: Any
+    """int8, in the tensor's shape."""
+    scales: Any
+    """float32, one a channel."""
+    axis: int | None
+    """Of the tensor, that counts channels; None where there is one channel."""
+
+
+def read_integers(file: str) -> list[Weight]:
+    """As they are in the ONNX model."""
+    with failing_as("bad-request", f"{file}: cannot be read"):
+        stored = read_feed(file)
+        return [
+            Weight(str(name), stored[f"integers/{i:05}"], stored[f"scales/{i:05}"], int(stored["axes"][i]))
+            for i, name in enumerate(stored["names"])
+        ]
+
+
+def placed(model: Any, weights: list[Weight]) -> dict[bytes, list[Weight]]:
+    """By the name of the float tensor that holds them, turned: several where tensors hold the same values.
+
+    Values say which tensor and which permutation it is. Raises Failure where a layer's are nowhere: folded into
+    something else they are not the integers any more.
+    """
+    import numpy
+
+    tensors: dict[tuple[tuple[int, ...], bytes], list[Any]] = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            value = constant(model, tensor)
+            if value is not None and value.dtype == numpy.float32:
+                tensors.setdefault(key_of(value.squeeze()), []).append(tensor)
+    shapes = {shape for shape, _ in tensors}
+    found: dict[bytes, list[Weight]] = {}
+    for layer, integers, scales, axis in weights:
+        along = [-1 if place == axis else 1 for place in range(integers.ndim)]
+        values = (integers.astype(numpy.float32) * scales.reshape(along)).squeeze()
+        kept = [place for place, size in enumerate(integers.shape) if size != 1]
+        holders = 0
+        for way in itertools.permutations(range(len(kept))):
+            if tuple(values.shape[place] for place in way) not in shapes:
+                continue
+            for tensor in tensors.get(key_of(values.transpose(way)), []):
+                there = [place for place, size in enumerate(tensor.shape) if size != 1]
+                at = there[way.index(kept.index(axis))] if axis in kept else None
+                turned = integers.squeeze().transpose(way).reshape([int(size) for size in tensor.shape])
+                found.setdefault(tensor.name, []).append(Weight(layer, turned, scales, at))
+                holders += 1
+        if not holders:
+            raise Failure(
+                "unsupported",
+                f"the weights of '{layer}' are not in the converted model as they were chosen: the converter folded "
+                "or split them",
+            )
+    return found
+
+
+def key_of(value: Any) -> tuple[tuple[int, ...], bytes]:
+    return tuple(value.shape), hashlib.sha256(value.tobytes()).digest()  # tobytes is in C order, whatever the strides
+
+
+def constant(model: Any, tensor: Any) -> Any:
+    """The value of a float32 or int8 constant, None for anything else."""
+    import numpy
+    from ai_edge_litert import schema_py_generated as schema
+
+    types = {schema.TensorType.FLOAT32: numpy.float32, schema.TensorType.INT8: numpy.int8}
+    data = model.buffers[tensor.buffer].data
+    if data is None or not len(data) or tensor.type not in types:
+        return None
+    return numpy.asarray(data, numpy.uint8).view(types[tensor.type]).reshape([int(size) for size in tensor.shape])
+
+
+def layer_ranges(model: Any, chosen: dict[bytes, list[Weight]], known: dict[str, Any], measured: Any) -> dict[str, Any]:
+    """What is known of the tensors before and behind layers, in the form of what was measured.
+
+    Before a layer's padding too, which is an operator of its own here and has the scale of what it pads.
+    """
+    import numpy
+    from ai_edge_litert import schema_py_generated as schema
+
+    pads = {i for i, code in enumerate(model.operatorCodes) if code.builtinCode == schema.BuiltinOperator.PAD}
+    found = {}
+    for graph in model.subgraphs:
+        padded = {op.outputs[0]: op.inputs[0] for op in graph.operators if op.opcodeIndex in pads}
+        for operator in graph.operators:
+            layers = [w.layer for i in operator.inputs if i >= 0 for w in chosen.get(graph.tensors[i].name, [])]
+            for layer in [layer for layer in layers if layer in known][:1]:
+                before, behind = operator.inputs[0], operator.outputs[0]
+                for index, side in ((before, "input"), (padded.get(before, before), "input"), (behind, "output")):
+                    name, limits = graph.tensors[index].name.decode(), known[layer][side]
+                    if limits is not None and name in measured:
+                        ends = zip(("min", "max"), limits, strict=True)
+                        found[name] = {end: numpy.full_like(measured[name][end], limit) for end, limit in ends}
+    return found
+
+
+def written(made: bytes, floats: Any, chosen: dict[bytes, list[Weight]]) -> tuple[bytes, list[str]]:
+    """The quantised model with the chosen integers and scales, biases rounded to match, and the layers that have them.
+
+    Everything has its place already: sizes are the quantiser's, so bytes are exchanged and nothing moves. Raises
+    Failure where the model cannot hold them: one scale for channels of several, tensors of which one buffer serves two.
+    """
+    import numpy
+    from ai_edge_litert import schema_py_generated as schema
+
+    data = bytearray(made)
+    model = schema.Model.GetRootAsModel(data, 0)
+    biases = {t.name: value for g in floats.subgraphs for t in g.tensors if (value := constant(floats, t)) is not None}
+    names = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    done: list[tuple[str, Any, Any]] = []
+    for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
+        for operator in map(graph.Operators, range(graph.OperatorsLength())):
+            code = model.OperatorCodes(operator.OpcodeIndex())
+            tensors = [graph.Tensors(i) if i >= 0 else None for i in operator.InputsAsNumpy()]
+            for tensor in tensors:
+                if tensor is None or tensor.Type() != schema.TensorType.INT8 or tensor.Name() not in chosen:
+                    continue
+                weight = fitting(chosen[tensor.Name()], tensor)
+                scales = tensor.Quantization().ScaleAsNumpy()
+                done.append((weight.layer, bytes_of(model, tensor).view(numpy.int8), weight.integers.reshape(-1)))
+                done.append((weight.layer, scales, weight.scales[: len(scales)]))
+                if names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] not in WITH_BIAS:
+                    continue
+                source, bias = tensors[0], tensors[2] if len(tensors) > 2 else None
+                if source is not None and bias is not None and bias.Type() == schema.TensorType.INT32:
+                    step = source.Quantization().ScaleAsNumpy()[0] * weight.scales
+                    own = bias.Quantization().ScaleAsNumpy()
+                    rounded = numpy.rint(biases[bias.Name()].astype(numpy.float64) / step.astype(numpy.float64))
+                    if numpy.abs(rounded).max(initial=0) > numpy.iinfo(numpy.int32).max:
+                        raise Failure("unsupported", f"the bias of '{weight.layer}' is beyond 32 bits at its scale")
+                    buffer = bytes_of(model, bias).view(numpy.int32)
+                    done.append((weight.layer, buffer, rounded.astype(numpy.int32)))
+                    done.append((weight.layer, own, step[: len(own)]))
+    for _, place, value in done:
+        place[:] = value
+    for layer, place, value in done:
+        if not numpy.array_equal(place, value):
+            raise Failure("unsupported", f"'{layer}' shares a buffer with another layer that needs other numbers in it")
+    return bytes(data), sorted({layer for layer, _, _ in done})
+
+
+def bytes_of(model: Any, tensor: Any) -> Any:
+    """A tensor's buffer as a writable array of bytes."""
+    import numpy
+
+    buffer = model.Buffers(tensor.Buffer())
+    if not buffer.DataLength():
+        raise Failure("unsupported", f"tensor {tensor.Name().decode()!r} lies outside the flatbuffer")
+    return numpy.asarray(buffer.DataAsNumpy(), numpy.uint8)
+
+
+def fitting(weights: list[Weight], tensor: Any) -> Weight:
+    """The first whose scales the tensor can hold: one a channel of its own axis, or one where all are equal."""
+    quantised = tensor.Quantization()
+    for weight in weights:
+        if quantised.ScaleLength() == 1 and (weight.scales == weight.scales[0]).all():
+            return weight
+        if quantised.ScaleLength() == len(weight.scales) and quantised.QuantizedDimension() == weight.axis:
+            return weight
+    raise Failure(
+        "unsupported",
+        f"'{weights[0].layer}' has {len(weights[0].scales)} scales along axis {weights[0].axis}; its tensor holds "
+        f"{quantised.ScaleLength()} along axis {quantised.QuantizedDimension()}",
+    )
 
 
 def model_feed(layout: dict[str, Any], file: str) -> dict[int, Any]:
