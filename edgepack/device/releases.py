@@ -461,13 +461,15 @@ def run_group(argv: List[str], environment: Dict[str, str], timeout_s: float) ->
         argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
+    in_time = False
     try:
         said, _ = process.communicate(timeout=timeout_s)
+        in_time = True
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if process.poll() is None:
+        if not in_time:  # it may have ended, and left a child that holds its output
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
         if process.stdout is not None:
             process.stdout.close()
