@@ -123,3 +123,15 @@ def test_an_unproved_release_is_taken_back_at_boot(bench: Bench) -> None:
     subprocess.run(["sh", str(bench.folder / "hall/provisioned/installer"), "recover"], check=True)
     assert bench.current("hall") == good
     assert bench.state("hall")["failed"]["stage"] == "interrupted"
+
+
+def test_a_device_whose_host_key_changed_is_not_talked_to(bench: Bench) -> None:
+    known = bench.folder / "home/.ssh/known_hosts"
+    lines = [line.split() for line in known.read_text().splitlines()]
+    swapped = [[one[0], *other[1:]] for one, other in zip(lines, reversed(lines), strict=True)]
+    known.write_text("".join(" ".join(words) + "\n" for words in swapped))
+    code, document = bench.rollout(bench.pack(1))
+    assert code != 0
+    assert {each["state"] for each in document["devices"]} == {"unreachable"}
+    assert all("HOST KEY HAS CHANGED" in each["reason"] for each in document["devices"])
+    assert not any((bench.folder / name / "products").exists() for name in NAMES)

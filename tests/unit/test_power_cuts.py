@@ -105,10 +105,18 @@ def bad(*_: Any) -> dict[str, Any]:
 class Installer:
     """One installer's life on a device: as a process has it, from taking the lock to giving it back."""
 
-    def __init__(self, catalogue: Catalogue, root: Path, disk: Disk, prove: Callable[..., dict[str, Any]] = ok) -> None:
-        self.catalogue, self.disk = catalogue, disk
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        root: Path,
+        disk: Disk,
+        prove: Callable[..., dict[str, Any]] = ok,
+        *,
+        product: str = "camera",
+    ) -> None:
+        self.catalogue, self.disk, self.path = catalogue, disk, f"{product}/x.json"
         self.device = Device(str(root), disk, prove)
-        self.product = self.device.product("camera")
+        self.product = self.device.product(product)
 
     def __enter__(self) -> Installer:
         try:
@@ -131,12 +139,12 @@ class Installer:
             self.disk.write(part, self.catalogue.content[digest])
             self.device.accept({digest: size})
         entry = {"sequence": number, "release": str(number), "terms": {}}
-        self.device.prepared["camera/x.json"] = (release, entry)
-        return str(self.device.install("camera/x.json", False)["outcome"])
+        self.device.prepared[self.path] = (release, entry)
+        return str(self.device.install(self.path, False)["outcome"])
 
     def rollback(self) -> None:
         if self.product.state()["previous"] is not None:
-            self.device.rollback("camera")
+            self.device.rollback(self.product.name)
 
     @property
     def confirmed(self) -> str | None:
@@ -145,16 +153,21 @@ class Installer:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is installed before, what is done, and the number of the release that is confirmed then."""
+    """What is installed before, what is done, and the number of the release that is confirmed then.
+
+    `elsewhere` is a release of another product that is installed before.
+    """
 
     before: tuple[int, ...]
     act: Callable[[Installer], object]
     after: int | None
     prove: Callable[..., dict[str, Any]] = ok
+    elsewhere: int | None = None
 
 
 SCENARIOS = {
     "first": Scenario((), lambda i: i.install(0), 0),
+    "second-product": Scenario((), lambda i: i.install(0), 0, elsewhere=3),
     "first-bad": Scenario((), lambda i: i.install(0), None, bad),
     "next": Scenario((0,), lambda i: i.install(1), 1),
     "next-bad": Scenario((0,), lambda i: i.install(1), 0, bad),
@@ -174,6 +187,9 @@ class Bench:
         (root / "provisioned").mkdir(parents=True)
         settings = {"name": "kitchen", "target": "here", "keep": 1}
         (root / "provisioned/settings.json").write_text(json.dumps(settings))
+        if scenario.elsewhere is not None:
+            with Installer(self.catalogue, root, QuickDisk(), product="door") as installer:
+                assert installer.install(scenario.elsewhere) == "installed"
         for number in scenario.before:
             with Installer(self.catalogue, root, QuickDisk()) as installer:
                 assert installer.install(number) == "installed"
@@ -284,7 +300,7 @@ def what_goes_wrong(bench: Bench, without: tuple[str, str]) -> str:
     """The first thing that a cut breaks where one sync is left out; "" where nothing does."""
     chance = random.Random(SEED)
     for scenario in SCENARIOS.values():
-        for said in bench.look(scenario, bench.record(scenario, without=without), chance, 8):
+        for said in bench.look(scenario, bench.record(scenario, without=without), chance, 3):
             if said:
                 return said
     for scenario in SCENARIOS.values():
