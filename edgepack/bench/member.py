@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from edgepack.bench.against import Comparison, compare_bundles
@@ -76,6 +76,11 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         return self.errors[0].exit_code if self.errors else 0
+
+    def with_evaluation(self, evaluation: dict[str, Json], error: EdgepackError | None) -> Outcome:
+        """The same, judged there on all evaluation data too."""
+        document = {**(self.document or {}), "evaluation": evaluation}
+        return replace(self, document=document, errors=self.errors if error is None else (*self.errors, error))
 
 
 def measure_device(
@@ -164,7 +169,7 @@ def _conclude(job: Job, device: str, result: BenchmarkResult | Comparison, basel
     return Outcome(
         device=device,
         result=result,
-        document={**document, "gate": [asdict(check) for check in checks], "history": kept},
+        document={**document, "gate": [asdict(check) for check in checks], "history": kept, "evaluation": None},
         checks=tuple(checks),
         kept=kept,
         errors=tuple(errors),

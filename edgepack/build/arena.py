@@ -189,7 +189,7 @@ class OnDevice:
                 client,
                 runtime=model.runtime,
                 lib=model.lib,
-                options={**made.plan.recipe.device_options},
+                options=model.options,
                 folder=here,
                 system=model.system,
                 remote=Remote(transport=self.transport, folder=folder, coded=model.coded),

@@ -12,6 +12,8 @@ from edgepack.cli.trust import KeyOption, RotationOption, ThresholdOption, open_
 
 if TYPE_CHECKING:
     from edgepack.bench.member import Job, Reach
+    from edgepack.build.evaluate import Evaluation
+    from edgepack.build.inputs import OpenProject
     from edgepack.bundle.bundle import Bundle
 
 MAX_RUNS = 1_000_000  # the most that the runner keeps times of
@@ -76,6 +78,10 @@ def bench(
     accept_unresolved: Annotated[
         bool, typer.Option("--accept-unresolved", help="Let --fail-if pass where there is too little to tell.")
     ] = False,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option("--evaluate", help="Also judge it there on all evaluation data of this project file."),
+    ] = None,
     history: Annotated[Path | None, typer.Option("--history", help="Keep the result in this SQLite file.")] = None,
     no_history: Annotated[bool, typer.Option("--no-history", help="Do not keep it.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another benchmark has.")] = False,
@@ -103,6 +109,7 @@ def bench(
       edgepack bench dist/NAME-rpi4.edgepack --device group:lab --wait
       edgepack bench dist/NAME-rpi4.edgepack -d pi --against dist/NAME-rpi4.fp32.edgepack
       edgepack bench dist/NAME-rpi4.edgepack -d pi --key release.pem.pub
+      edgepack bench dist/NAME-rpi4.edgepack -d pi --evaluate edgepack.toml
       edgepack bench --self-check --device pi
       edgepack bench dist/NAME-rpi4.edgepack -d pi --baseline last --fail-if 'p50 > +3%' --fail-if 'size > +0%'
     """
@@ -155,7 +162,7 @@ def bench(
         history=history or history_path(),
         keep=not no_history,
     )
-    _measure(job, device, reach, as_json)
+    _measure(job, device, reach, as_json, evaluate)
 
 
 def _only(context: typer.Context, mode: str, *allowed: str) -> None:
@@ -173,28 +180,56 @@ def _only(context: typer.Context, mode: str, *allowed: str) -> None:
             raise UsageError(f"--{mode.replace('_', '-')} takes no {option}: leave it out")
 
 
-def _measure(job: Job, device: str, reach: Reach, as_json: bool) -> None:
+def _measure(job: Job, device: str, reach: Reach, as_json: bool, evaluate: Path | None) -> None:
     """One device, or all of a group: print what became of it, then end with its exit code."""
     from edgepack.bench.group import GROUP, measure_group
     from edgepack.bench.member import measure_device
+    from edgepack.build.evaluate import missed
+    from edgepack.errors import UsageError
     from edgepack.report.group import group_document, group_page
     from edgepack.report.measured import outcome_page
 
     if device.startswith(GROUP):
+        if evaluate is not None:
+            raise UsageError(f"--evaluate takes one device, and not --device {device}")
         group = measure_group(job, device.removeprefix(GROUP), reach, say=say)
         if as_json:
             show_json(group_document(group))
         else:
             typer.echo(group_page(group))
         raise typer.Exit(group.exit_code)
+    opened = None if evaluate is None else _project(evaluate)  # a mistake in it is found before anything is measured
     outcome = measure_device(job, device, reach, say=say, progress=_show_upload)
+    found = None if opened is None else _evaluate(job.bundle, opened, device, reach)
+    if found is not None:
+        outcome = outcome.with_evaluation(found.to_json(), missed(found))
     if as_json:
         show_json(outcome.document)
     else:
-        typer.echo(outcome_page(outcome))
+        typer.echo(outcome_page(outcome) + (f"\n  accuracy  {found}" if found else ""))
     for error in outcome.errors:  # the result is printed: an error's own document would be a second one
         say(f"edgepack: error: {error}")
     raise typer.Exit(outcome.exit_code)
+
+
+def _project(path: Path) -> OpenProject:
+    from edgepack.build.inputs import open_project
+    from edgepack.store import Store, cache_folder
+
+    return open_project(path, Store(cache_folder()), say=say)
+
+
+def _evaluate(bundle: Bundle, opened: OpenProject, device: str, reach: Reach) -> Evaluation:
+    from edgepack.bench.member import device_root, reached
+    from edgepack.build.arena import JudgingDevice
+    from edgepack.build.evaluate import evaluate_on_device
+    from edgepack.build.execute import Workbench
+    from edgepack.store import Store, cache_folder
+
+    bench = Workbench(store=Store(cache_folder()), say=say)
+    with reached(device, reach, say=say) as transport:
+        place = JudgingDevice(transport=transport, root=reach.root or device_root(device), wait=reach.wait)
+        return evaluate_on_device(bundle, opened, place, bench)
 
 
 def _count(bundle: Bundle, device: str, *, warmup: int | None, runs: int | None, as_json: bool) -> None:

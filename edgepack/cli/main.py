@@ -14,6 +14,7 @@ from edgepack.cli import (
     check,
     device,
     export,
+    fleet,
     history,
     init,
     key,
@@ -48,6 +49,7 @@ app.add_typer(bundle.app, name="bundle")
 app.add_typer(key.app, name="key")
 app.add_typer(device.app, name="device")
 app.add_typer(history.app, name="history")
+app.add_typer(fleet.app, name="fleet")
 
 
 @app.callback()

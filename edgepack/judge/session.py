@@ -14,7 +14,7 @@ from edgepack.errors import DeviceError, EdgepackError, InputError, StorageError
 from edgepack.graph.npz import npz_bytes
 from edgepack.judge.data_set import Feed
 from edgepack.protocol import Coded, Kernels, ModelRef, RunnerClient, RunnerError
-from edgepack.store import Json, storage_errors
+from edgepack.store import storage_errors
 from edgepack.transports.base import Transport
 
 CHUNK_BYTES = 2 << 20  # of feeds and outputs in one exchange; the runner and this process each hold it about twice
@@ -50,7 +50,7 @@ class RuntimeSession:
         *,
         runtime: str,
         lib: Path | str,
-        options: Mapping[str, Json],
+        options: Mapping[str, object],
         folder: Path,
         system: tuple[str, ...] = (),
         remote: Remote | None = None,

@@ -71,6 +71,9 @@ class Device(Spec):
     key: Annotated[str, Field(min_length=1)] | None = None
     """A private key file, the only one that is then tried; relative to devices.toml, `~` is the home folder."""
 
+    fleet_root: Annotated[str, Field(min_length=1)] | None = None
+    """The fleet's folder there (docs/fleet.md); None: /var/lib/edgepack. Relative: from the login's home."""
+
     @field_validator("groups")
     @classmethod
     def _groups_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:

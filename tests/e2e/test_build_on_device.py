@@ -171,3 +171,31 @@ def test_accuracy_and_time_are_the_devices_and_the_bundle_says_where(desk: Desk,
     assert evidence["speed"]["where"] == server.address and evidence["speed"]["rounds"] >= 8
     assert list((desk.root / "exchange").iterdir()) == []
     assert eventually(lambda: not desk.left()), desk.left()
+
+
+@pytest.mark.full
+def test_a_benchmark_judges_the_bundle_on_all_evaluation_data_of_the_project(
+    server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the device's own kernels, over sshd; a gate that it misses there ends the benchmark."""
+    own = Desk(tmp_path / "desk")
+    transport = server.transport()
+    assert not own.build(transport).failed
+    transport.close()
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/known_hosts").write_text(server.known_hosts.read_text())
+    inventory = tmp_path / "devices.toml"
+    inventory.write_text(f'[devices.pc]\naddress = "{server.address}"\nkey = "{server.key_path}"\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("EDGEPACK_CACHE", str(own.cache))
+    words = ["bench", str(own.bundle), "--device", "pc", "--inventory", str(inventory), "--no-history", "--json"]
+    words += ["--runs", "1", "--seconds", "0", "--repeats", "1", "--evaluate"]
+    assert run([*words, str(own.project / "edgepack.toml")]) == 0
+    found = json.loads(capsys.readouterr().out)["evaluation"]
+    assert found["where"] == "pc" and found["samples"] == 500 and found["same_data"] and found["answer"] == "passed"
+    strict = own.project / "strict.toml"
+    strict.write_text((own.project / "edgepack.toml").read_text().replace("max_drop = 0.1", "max_drop = 0.0001"))
+    assert run([*words, str(strict)]) in (5, 6)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["evaluation"]["answer"] in ("missed", "unresolved")
+    assert "edgepack: error: gate " in captured.err

@@ -1,0 +1,111 @@
+"""The pure step of a rollout: lanes, waves, gates; and a simulated fleet."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from datetime import time
+
+import pytest
+
+from edgepack.fleet.perform import in_quiet_hours
+from edgepack.fleet.plan import Plan, Share, cut, mix
+from edgepack.fleet.rollout import Report, Word, next_action, view, wilson
+from edgepack.spec.fleet import Waves
+
+
+def plan(devices: int, policy: Waves | None = None) -> Plan:
+    policy = policy or Waves()
+    names = [f"d{number}" for number in range(devices)]
+    waves = cut(names, policy)
+    share = Share(paths=("p/here.json",), bytes=1)
+    return Plan(
+        release="p-1", digest="0", policy=policy, lanes={"here": waves}, shares=dict.fromkeys(names, share), left_out={}
+    )
+
+
+def test_waves_grow_by_all_before_them() -> None:
+    assert [len(wave) for wave in plan(100).lanes["here"]] == [1, 3, 12, 48, 36]
+
+
+def test_each_label_is_spread_evenly_over_the_order() -> None:
+    labels = {f"d{n}": "rare" if n % 10 == 0 else "common" for n in range(100)}
+    order = mix(labels, labels, "seed")
+    assert order == mix(reversed(labels), labels, "seed")
+    assert [sum(labels[name] == "rare" for name in order[i : i + 20]) for i in range(0, 100, 20)] == [2] * 5
+
+
+def test_wilson_gives_the_published_interval() -> None:
+    low, high = wilson(81, 263, 0.95)  # Newcombe, Statistics in Medicine 17 (1998), table I: 0.2553 to 0.3662
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(0, 0, 0.95) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("states", "state"),
+    [
+        (["installed"] + ["waiting"] * 3, "running"),
+        (["failed"] + ["waiting"] * 3, "aborted"),
+        (["installed"] * 9 + ["failed"], "paused"),
+        (["unreachable"] * 4, "paused"),
+        (["unreachable"] + ["installed"] * 3, "done"),
+        (["installed"] * 4, "done"),
+    ],
+)
+def test_evidence_aborts_and_doubt_pauses(states: list[str], state: str) -> None:
+    reports = {f"d{n}": Report(state=each) for n, each in enumerate(states)}  # type: ignore[arg-type]
+    assert view(Waves(), cut(list(reports), Waves()), reports, Word()).state == state
+
+
+def test_resume_excuses_what_failed_until_then_and_no_more() -> None:
+    reports = {f"d{n}": Report(state="failed" if n == 0 else "installed") for n in range(10)}
+    waves = cut(list(reports), Waves())
+    assert view(Waves(), waves, reports, Word(excused_failed=1)).state == "done"
+    reports["d1"] = Report(state="failed")
+    assert view(Waves(), waves, reports, Word(excused_failed=1)).state != "done"
+
+
+def test_a_slow_twentieth_pauses() -> None:
+    reports = {f"d{n}": Report(state="installed", p90_ratio=1.3 if n == 0 else 1.0) for n in range(10)}
+    policy = Waves(max_p90_ratio=1.2)
+    assert "slowest" in view(policy, cut(list(reports), policy), reports, Word()).why
+
+
+def test_approval_holds_each_wave_back() -> None:
+    policy = Waves(approval=True)
+    made = plan(4, policy)
+    reports = {name: Report() for name in made.devices}
+    assert next_action(made, reports, {}, room=9).begin == ("d0",)
+    reports["d0"] = Report(state="installed")
+    action = next_action(made, reports, {}, room=9)
+    assert (action.begin, action.lanes["here"].state, action.finished) == ((), "needs approval", True)
+    assert len(next_action(made, reports, {"here": Word(approved=1)}, room=2).begin) == 2
+
+
+def test_quiet_hours_go_over_midnight() -> None:
+    assert in_quiet_hours("22:00-06:00", time(23, 0))
+    assert in_quiet_hours("22:00-06:00", time(5, 59))
+    assert not in_quiet_hours("22:00-06:00", time(6, 0))
+    assert not in_quiet_hours(None, time(3, 0))
+
+
+@pytest.mark.parametrize(("rate", "most"), [(1.0, 1), (0.3, 40)])
+def test_few_devices_meet_a_bad_release(rate: float, most: int) -> None:
+    for seed in range(20):
+        assert exposed(1000, rate, seed) <= most
+
+
+def exposed(devices: int, rate: float, seed: int) -> int:
+    """How many devices a release that fails on a share of `rate` was begun on before it stopped."""
+    made, chance = plan(devices), random.Random(seed)
+    reports = {name: Report() for name in made.devices}
+    begun = 0
+    while True:
+        action = next_action(made, reports, {}, room=4)
+        if action.finished:
+            return begun
+        for name in action.begin:
+            begun += 1
+            reports[name] = Report(state="failed" if chance.random() < rate else "installed")
+        for name in action.take_back:
+            reports[name] = replace(reports[name], state="rolled back")
