@@ -216,11 +216,19 @@ def _gptq(bits: int, price: float | None) -> Use:
 
 
 def price_of(recipe: Recipe) -> float | None:
-    """The price of a bit in a recipe of onnxruntime that has one: between those a search goes on with `priced`."""
-    if recipe.runtime != "onnxruntime":
-        return None
+    """The price of a bit in a recipe that has one."""
     found = next((use.params.get("bit_price") for use in recipe.passes if use.name == "gptq"), None)
     return found if isinstance(found, float) else None
+
+
+def repriced(recipe: Recipe, price: float) -> Recipe:
+    """One that has a price of a bit, at another: for the same runtime."""
+    before, _, _ = recipe.name.partition("int8")
+    passes = recipe.with_params("gptq", {"bit_price": price})
+    old = price_of(recipe)
+    assert old is not None
+    why = recipe.why.replace(_why_priced(old), _why_priced(price))
+    return replace(recipe, name=f"{before}{rung(price)}", why=why, passes=passes)
 
 
 def narrowed(recipe: Recipe, macs_share: float) -> Recipe:
