@@ -30,7 +30,16 @@ from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnr
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe, narrowed, price_of, repriced, smaller_input
+from edgepack.runtimes.recipes import (
+    OTHER_RANGES,
+    Recipe,
+    narrowed,
+    price_of,
+    ranges_of,
+    repriced,
+    smaller_input,
+    with_ranges,
+)
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -123,6 +132,7 @@ class _Search:
         for place, candidate in enumerate(proposed):
             self._try(candidate)
             if place == last_static:
+                self._rerange()
                 self._refine()
                 self._narrow()
                 self._shrink()
@@ -240,6 +250,27 @@ class _Search:
         """One that holds and costs no more than this one can at best."""
         best = next(iter(self._holding()), None)
         return best if best is not None and self._rank(best)[0] <= self._rank(candidate)[0] else None
+
+    def _rerange(self) -> None:
+        """Where no price of a bit holds, though other ranges of activations come nearer than plain int8's: the prices
+        again, with those. The weights are made already."""
+        priced = [c for c in self.candidates if price_of(c.plan.recipe) is not None and c.selection is not None]
+        plain = next((c for c in self.candidates if c.name == "int8" and c.selection is not None), None)
+        others = [c for c in self.candidates if c.selection and c.base in OTHER_RANGES]
+        nearest = max(others, key=lambda c: c.chance, default=None)
+        if (
+            plain is None
+            or nearest is None
+            or nearest.chance <= plain.chance
+            or any(c.outcome == "kept" for c in priced)
+        ):
+            return
+        for base in priced:
+            recipe = with_ranges(base.plan.recipe, ranges_of(nearest.plan.recipe))
+            candidate = self._add(self.setting.plan_of(recipe), base=base.base)
+            self._try(candidate)
+            if candidate.outcome == "kept":
+                return
 
     def _refine(self) -> None:
         """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio; twice
