@@ -36,7 +36,6 @@ signed, whichever is later (docs/fleet.md).
 
 # Paths are strings of the protocol from end to end, so os.path and not pathlib:
 # ruff: noqa: PTH112, PTH118, PTH123, PTH208, PTH100, PTH119, PTH111
-# The request is refused where the mistake is found, also inside the try that turns a refusal into an answer:
 
 from __future__ import annotations
 
@@ -286,11 +285,7 @@ class Device:
             raise Refused("missing", "there is no release of %s before the one that is installed" % name)
         if before["sequence"] < state["floor"]:
             raise Refused("older", "release %d is below the floor %d" % (before["sequence"], state["floor"]))
-        done = product.adopt(before, {}, lambda new, _, __: self.prove(new, None, UNLIMITED))
-        if done["outcome"] == "installed":
-            left = dict(state["confirmed"], stage="rolled back", reason="an operator went back from it", count=1)
-            product.save(dict(product.state(), previous=None, failed=left))
-        return done
+        return product.adopt(before, {}, lambda new, _, __: self.prove(new, None, UNLIMITED), going_back=True)
 
     def tidy(self, product: Product) -> None:
         product.prune(int(self.settings.get("keep", KEEP)))
@@ -369,6 +364,7 @@ class Session:
             self._id, verb = request["id"], request["verb"]
             act, fields = self.VERBS[verb]
             arguments = [request[name] for name, _ in fields]
+            json.dumps(arguments, ensure_ascii=False).encode()  # JSON may hold halves of surrogate pairs, UTF-8 not
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Refused("bad-request", "%s %s" % (type(error).__name__, error)) from error
         for (name, kind), value in zip(fields, arguments):  # noqa: B905  # Python 3.9 has no strict=

@@ -19,11 +19,13 @@ Runs on the device: Python 3.9, standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
+import struct
 import subprocess
 import zipfile
 import zlib
@@ -99,7 +101,7 @@ class Release:
 def check_path(path: str) -> List[str]:
     """Its parts. Raises Refused (corrupt) for one that leaves its folder."""
     parts = path.split("/")
-    plain = path.isprintable() and "\\" not in path and len(path) <= 240
+    plain = path.isprintable() and "\\" not in path and len(path.encode()) <= 240
     if not plain or any(part in ("", ".", "..") for part in parts):
         raise Refused("corrupt", "the path %.120r leaves its folder" % path)
     return parts
@@ -130,6 +132,7 @@ class Store:
         self.blobs, self.runtimes, self.staging = (os.path.join(root, n) for n in ("blobs", "runtimes", "staging"))
 
     def prepare(self) -> None:
+        self.disk.sync_all()  # what an installer that was killed left behind is here, but not yet durable
         for folder in (self.blobs, self.runtimes, self.staging):
             make_folders(self.disk, folder)
         for name in os.listdir(self.staging):
@@ -174,11 +177,25 @@ class Store:
             self.disk.sync_folder(self.runtimes)
         return target
 
+    def put_away(self, folder: str) -> None:
+        """Removed, and its name before what is in it: no half of it keeps the name, also after a power cut."""
+        away = os.path.join(self.staging, "old-" + os.path.basename(folder))
+        remove_tree(self.disk, away)
+        self.disk.rename(folder, away)
+        self.disk.sync_folder(os.path.dirname(folder))
+        remove_tree(self.disk, away)
+
     def whole_blob(self, release: Release, path: str) -> str:
         digest, size = release.files[path]
         if not holds(self.blob(digest), digest, size):
             raise Refused("missing", "%s of the release did not arrive whole" % path)
         return self.blob(digest)
+
+
+# What zipfile raises for no archive; NotImplementedError is a RuntimeError, UnicodeDecodeError a ValueError
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error, OSError)
+# OSError without a number; a seek before the file's start; a member that is a folder for one and a file for another
+CONFLICTS = (None, errno.EINVAL, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 class Unpacking:
@@ -198,8 +215,8 @@ class Unpacking:
                 with zipfile.ZipFile(path) as wheel:
                     for info, name in self._members(wheel):
                         self._put(wheel, info, name)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
+            except UNREADABLE as error:
+                if isinstance(error, OSError) and error.errno not in CONFLICTS:
                     raise
                 raise Refused("corrupt", "%s cannot be unpacked: %s" % (path, error)) from error
 
@@ -291,7 +308,7 @@ class Product:
         if not self._is_whole(fresh, release):
             raise Refused("corrupt", "what was laid out is not what the manifest says; is the disk sound?")
         if os.path.lexists(target):  # damaged since
-            self._move_away(target)
+            self.store.put_away(target)
         self.disk.rename(fresh, target)
         self.disk.sync_folder(self.releases)
         return target
@@ -326,13 +343,6 @@ class Product:
             and all(holds(os.path.join(folder, path), *entry) for path, entry in files.items())
         )
 
-    def _move_away(self, folder: str) -> None:
-        """At once, so that no half of a release keeps its name."""
-        away = os.path.join(self.store.staging, "old-" + os.path.basename(folder))
-        remove_tree(self.disk, away)
-        self.disk.rename(folder, away)
-        remove_tree(self.disk, away)
-
     # --- switching ---
 
     def switch(self, record: Optional[Json]) -> None:
@@ -343,8 +353,10 @@ class Product:
             self.disk.unlink(self.current)
             self.disk.sync_folder(self.folder)
 
-    def adopt(self, record: Json, terms: Json, prove: Prove) -> Json:
+    def adopt(self, record: Json, terms: Json, prove: Prove, *, going_back: bool = False) -> Json:
         """Put a release that is laid out on probation: confirmed at the end, or taken back.
+
+        `going_back`: the release that it replaces has failed, and is not the one to go back to.
 
         Gives {outcome: "installed"|"taken-back", stage, reason, proof}.
         """
@@ -365,8 +377,11 @@ class Product:
             self.hook("health", record, before)
         except Failed as failure:
             return self.take_back(failure.stage, str(failure))
-        previous = state["previous"] if before is not None and before["id"] == record["id"] else before
-        self.save(dict(state, confirmed=record, previous=previous, pending=None, failed=None))
+        left: Json = {"previous": before, "failed": None}
+        if going_back and before is not None:
+            failed = dict(before, stage="rolled back", reason="an operator went back from it", count=1)
+            left = {"previous": None, "failed": failed}
+        self.save(dict(state, confirmed=record, pending=None, **left))
         return outcome("installed", proof=proof)
 
     def take_back(self, stage: str, reason: str) -> Json:
@@ -434,7 +449,7 @@ class Product:
         found = [os.path.join(self.releases, name) for name in self.laid_out()]
         spare = sorted((path for path in found if os.path.basename(path) not in ids), key=os.path.getmtime)
         for path in spare[: max(0, len(found) - keep)]:
-            self._move_away(path)
+            self.store.put_away(path)
 
     def laid_out(self) -> List[str]:
         return sorted(os.listdir(self.releases)) if os.path.isdir(self.releases) else []
@@ -446,13 +461,15 @@ def run_group(argv: List[str], environment: Dict[str, str], timeout_s: float) ->
         argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
+    in_time = False
     try:
         said, _ = process.communicate(timeout=timeout_s)
+        in_time = True
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if process.poll() is None:
+        if not in_time:  # it may have ended, and left a child that holds its output
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
         if process.stdout is not None:
             process.stdout.close()
@@ -476,10 +493,7 @@ def sweep(store: Store, products: List[Product]) -> None:
             wanted |= {digest for path, (digest, _) in release.files.items() if path not in release.wheels}
     for name in os.listdir(store.runtimes):
         if name not in used:
-            away = os.path.join(store.staging, "old-" + name)
-            remove_tree(store.disk, away)
-            store.disk.rename(os.path.join(store.runtimes, name), away)
-            remove_tree(store.disk, away)
+            store.put_away(os.path.join(store.runtimes, name))
     for name in os.listdir(store.blobs):
         if name.partition(".")[0] not in wanted:
             store.disk.unlink(store.blob(name))
