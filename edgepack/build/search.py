@@ -30,7 +30,16 @@ from edgepack.errors import DefectError, EdgepackError, GateMissedError, GateUnr
 from edgepack.judge.data_set import DataSet
 from edgepack.judge.session import ModelDoesNotRunError
 from edgepack.passes.contract import PassDefect
-from edgepack.runtimes.recipes import Recipe, narrowed, price_of, priced, smaller_input
+from edgepack.runtimes.recipes import (
+    OTHER_RANGES,
+    Recipe,
+    narrowed,
+    price_of,
+    ranges_of,
+    repriced,
+    smaller_input,
+    with_ranges,
+)
 from edgepack.spec.project import Search
 from edgepack.store import Json
 
@@ -119,10 +128,11 @@ class _Search:
         for plan in setting.plans:
             self._add(plan, base=plan.recipe.name)
         proposed = list(self.candidates)
-        last_static = max((place for place, c in enumerate(proposed) if c.is_static), default=None)
+        last_static = max((place for place, c in enumerate(proposed) if _is_refined(c)), default=None)
         for place, candidate in enumerate(proposed):
             self._try(candidate)
             if place == last_static:
+                self._rerange()
                 self._refine()
                 self._narrow()
                 self._shrink()
@@ -241,6 +251,27 @@ class _Search:
         best = next(iter(self._holding()), None)
         return best if best is not None and self._rank(best)[0] <= self._rank(candidate)[0] else None
 
+    def _rerange(self) -> None:
+        """Where no price of a bit holds, though other ranges of activations come nearer than plain int8's: the prices
+        again, with those. The weights are made already."""
+        priced = [c for c in self.candidates if price_of(c.plan.recipe) is not None and c.selection is not None]
+        plain = next((c for c in self.candidates if c.name == "int8" and c.selection is not None), None)
+        others = [c for c in self.candidates if c.selection and c.base in OTHER_RANGES]
+        nearest = max(others, key=lambda c: c.chance, default=None)
+        if (
+            plain is None
+            or nearest is None
+            or nearest.chance <= plain.chance
+            or any(c.outcome == "kept" for c in priced)
+        ):
+            return
+        for base in priced:
+            recipe = with_ranges(base.plan.recipe, ranges_of(nearest.plan.recipe))
+            candidate = self._add(self.setting.plan_of(recipe), base=base.base)
+            self._try(candidate)
+            if candidate.outcome == "kept":
+                return
+
     def _refine(self) -> None:
         """Between the highest price of a bit that holds and the next one that does not, by halves of their ratio; twice
         the price where there is none that does not."""
@@ -253,17 +284,17 @@ class _Search:
                 return
             price, base = holding[-1]
             other = math.sqrt(price * beyond[0]) if beyond else 2 * price
-            recipe = priced(other, base.plan.target.numerics.weight_bits)
+            recipe = repriced(base.plan.recipe, other)
             self._try(self._add(self.setting.plan_of(recipe), base=base.base))
 
     def _narrow(self) -> None:
         """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
         bytes. At half its price of a bit: what is left has less to spare."""
-        best = next((c for c in self._holding() if c.is_static), None)
+        best = next((c for c in self._holding() if _is_refined(c)), None)
         if self.setting.search.objective == "size" or best is None:
             return
         price = price_of(best.plan.recipe)
-        whole = best.plan.recipe if price is None else priced(price / 2, best.plan.target.numerics.weight_bits)
+        whole = best.plan.recipe if price is None else repriced(best.plan.recipe, price / 2)
         for share in MACS_SHARES:
             candidate = self._add(self.setting.plan_of(narrowed(whole, share)), base=best.base)
             self._try(candidate)
@@ -272,7 +303,7 @@ class _Search:
 
     def _shrink(self) -> None:
         """Let the best so far see its input smaller, where the project allows it, as long as it holds."""
-        best = next((c for c in self._holding() if c.is_static), None)
+        best = next((c for c in self._holding() if _is_refined(c)), None)
         if self.setting.search.objective == "size" or best is None:
             return
         for share in sorted(self.setting.search.resolutions, reverse=True):
@@ -404,3 +435,8 @@ class _Search:
             f"not one candidate is proved to be as fast as fp32 on {where}: {lines}; build again on a quieter machine, "
             "or with --device none, which leaves the speed unmeasured"
         )
+
+
+def _is_refined(candidate: Candidate) -> bool:
+    """Whether the search goes on from it: static int8 of edgepack's own, in whatever runtime."""
+    return candidate.is_static or price_of(candidate.plan.recipe) is not None

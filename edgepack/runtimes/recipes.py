@@ -121,6 +121,9 @@ ONE_RUNTIME_ORDER: dict[Objective, tuple[str, ...]] = {
 }
 """Static int8 for targets that run LiteRT or OpenVINO alone; the rest of what each offers comes behind it."""
 
+OTHER_RANGES = ("int8-percentile", "int8-mse")
+"""Plain int8 but for the ranges of activations."""
+
 OTHER_ORDER = ("int8-dynamic", "weights-int4", "weights-int8", "half")
 
 
@@ -216,11 +219,29 @@ def _gptq(bits: int, price: float | None) -> Use:
 
 
 def price_of(recipe: Recipe) -> float | None:
-    """The price of a bit in a recipe of onnxruntime that has one: between those a search goes on with `priced`."""
-    if recipe.runtime != "onnxruntime":
-        return None
+    """The price of a bit in a recipe that has one."""
     found = next((use.params.get("bit_price") for use in recipe.passes if use.name == "gptq"), None)
     return found if isinstance(found, float) else None
+
+
+def repriced(recipe: Recipe, price: float) -> Recipe:
+    """One that has a price of a bit, at another: for the same runtime."""
+    passes = recipe.with_params("gptq", {"bit_price": price})
+    old = price_of(recipe)
+    assert old is not None
+    name, why = recipe.name.replace(rung(old), rung(price)), recipe.why.replace(_why_priced(old), _why_priced(price))
+    return replace(recipe, name=name, why=why, passes=passes)
+
+
+def ranges_of(recipe: Recipe) -> str:
+    """How it finds the ranges of activations; empty where it says nothing of its own."""
+    return next((str(use.params.get("range", "")) for use in recipe.passes if use.name == "observe"), "")
+
+
+def with_ranges(recipe: Recipe, ranges: str) -> Recipe:
+    """The same weights, with ranges of activations that are found otherwise."""
+    passes = recipe.with_params("observe", {"range": ranges})
+    return replace(recipe, name=f"{recipe.name}-{ranges}", why=f"{recipe.why}; ranges by {ranges}", passes=passes)
 
 
 def narrowed(recipe: Recipe, macs_share: float) -> Recipe:

@@ -26,9 +26,11 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="OpenVINO
 class Board:
     """The example, and a target of its own that takes OpenVINO alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, evaluations: int = 4) -> None:
         wide = {"max_drop = 0.01": "max_drop = 0.03"}  # so that 2,000 samples tell
-        self.project = example(folder / "project", evaluations=4, changes=wide)
+        self.project = example(folder / "project", evaluations=evaluations, changes=wide)
+        with (self.project / "edgepack.toml").open("a", encoding="utf-8") as file:
+            file.write('objective = "latency"\n')  # of the section [search]
         self.cache = clean_cache(folder / "cache")
         text = (shipped_folder("targets") / "x86-avx2.toml").read_text(encoding="utf-8")
         text = text.replace('name = "x86-avx2"', 'name = "board"').replace(
@@ -53,7 +55,7 @@ class Board:
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
-    return Board(tmp_path_factory.mktemp("board"))
+    return Board(tmp_path_factory.mktemp("board"), evaluations=2)
 
 
 def evidence_of(done: Done, board: Board) -> dict[str, Any]:
@@ -93,24 +95,25 @@ def test_a_fast_candidate_whose_output_is_wrong_is_turned_away(board: Board, mon
     candidates = {each["name"]: each for each in evidence_of(done, board)["candidates"]}
     assert candidates["openvino-int8"]["outcome"] == "dropped"
     assert candidates["openvino-int8"]["selection"]["drop"] > 0.1
-    assert candidates["openvino-fp32"]["outcome"] == "chosen"
-    assert open_bundle(board.project / "dist/fashion-mnist-board.edgepack").manifest.model.precision == "fp32"
+    assert candidates["openvino-int8-gptq"]["outcome"] == "chosen"
+    manifest = open_bundle(board.project / "dist/fashion-mnist-board.edgepack").manifest
+    assert manifest.model.candidate == "openvino-int8-gptq"
 
     file = board.project / "edgepack.toml"
     text = file.read_text(encoding="utf-8")
-    file.write_text(text.replace("evaluations = 4", "evaluations = 1"), encoding="utf-8")
+    file.write_text(text.replace("evaluations = 2", "evaluations = 1"), encoding="utf-8")
     alone = board.build("--update-lock")  # with nothing to fall back on, nothing ships
     assert alone.exit_code == 5 and not (board.project / "dist/fashion-mnist-board.edgepack").exists()
 
 
 def test_sixteen_bits_are_tried_only_where_the_target_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board = Board(tmp_path)
-    assert set(board.plans(monkeypatch)) == {"openvino-int8", "openvino-fp32"}
+    assert set(board.plans(monkeypatch)) == {"openvino-int8", "openvino-int8-gptq", "openvino-fp32"}
     file = board.project / "board.toml"
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace('dtypes = ["float32"', 'dtypes = ["float32", "bfloat16"'), encoding="utf-8")
     plans = board.plans(monkeypatch)
-    assert list(plans) == ["openvino-int8", "openvino-bf16", "openvino-fp32"]
+    assert list(plans) == ["openvino-int8", "openvino-int8-gptq", "openvino-bf16", "openvino-fp32"]
     assert plans["openvino-bf16"].recipe.device_options == {"device": "CPU", "precision": "bf16"}
     assert plans["openvino-bf16"].steps[-1].key == plans["openvino-fp32"].steps[-1].key  # one model, run in two ways
     assert plans["openvino-bf16"].evidence_key != plans["openvino-fp32"].evidence_key

@@ -509,6 +509,31 @@ def test_a_resolution_that_the_project_allows_is_tried_and_taken(tmp_path: Path)
     assert [each["name"] for each in found["int8-r0.5"]["passes"]][:2] == ["canonicalise", "resolution"]
 
 
+def test_where_rare_peaks_ruin_the_ranges_prices_are_tried_with_others(tmp_path: Path) -> None:
+    """One value of 25,600 takes all of the range, and no weight reads it."""
+    random = np.random.default_rng(6)
+    weights = random.normal(size=(400, 8)).astype(np.float32)
+    weights[7] = 0
+    model = graphs.model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [graphs.value("x", 1, 400)],
+        [graphs.value("y", 1, 8)],
+        {"w": weights},
+    )
+    data = random.normal(size=(864, 1, 400)).astype(np.float32)
+    data[5, 0, 7] = 5000
+    project = write_project(tmp_path / "project", model, {"x": data}, "[gate]\nmax_drop = 0.1\n")
+    done = edgepack(
+        *("build", "-t", "rpi4", "--json", "--objective", "size"),
+        cwd=project,
+        cache=clean_cache(tmp_path / "cache"),
+    )
+    (row,) = done.document["bundles"]
+    found = outcomes(row["search"])
+    assert row["candidate"].startswith("int8-p") and row["candidate"].endswith("-percentile")
+    assert {found[name] for name in ("int8", "int8-p0.04", "int8-p0.0006")} == {"dropped"}
+
+
 @pytest.mark.full
 def test_the_best_so_far_is_tried_with_fewer_channels(tmp_path: Path) -> None:
     project = example(tmp_path / "project", evaluations=8, changes=FEW)
