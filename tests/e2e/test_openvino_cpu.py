@@ -79,6 +79,7 @@ def test_int8_is_proved_in_openvino_and_its_kernels_are_evidence(board: Board) -
     assert manifest.runtime.options == {"device": "CPU", "precision": "f32"}
 
 
+@pytest.mark.full
 def test_a_fast_candidate_whose_output_is_wrong_is_turned_away(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """A converter that ends well with a model that loads, is small and fast, and computes something else."""
     assert board.build().exit_code == 0

@@ -130,6 +130,7 @@ def test_two_searches_in_clean_caches_give_the_same_bytes(searched: Searched, tm
     assert (project / RPI4).read_bytes() == (searched.project / RPI4).read_bytes()
 
 
+@pytest.mark.full
 def test_a_killed_search_goes_on_where_it_was(searched: Searched, tmp_path: Path) -> None:
     project, cache = example(tmp_path / "project", evaluations=24, changes=FEW), clean_cache(tmp_path / "cache")
     process = subprocess.Popen(
@@ -509,6 +510,7 @@ def test_a_resolution_that_the_project_allows_is_tried_and_taken(tmp_path: Path)
     assert [each["name"] for each in found["int8-r0.5"]["passes"]][:2] == ["canonicalise", "resolution"]
 
 
+@pytest.mark.full
 def test_where_rare_peaks_ruin_the_ranges_prices_are_tried_with_others(tmp_path: Path) -> None:
     """One value of 25,600 takes all of the range, and no weight reads it."""
     random = np.random.default_rng(6)
