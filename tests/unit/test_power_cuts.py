@@ -300,7 +300,7 @@ def what_goes_wrong(bench: Bench, without: tuple[str, str]) -> str:
     """The first thing that a cut breaks where one sync is left out; "" where nothing does."""
     chance = random.Random(SEED)
     for scenario in SCENARIOS.values():
-        for said in bench.look(scenario, bench.record(scenario, without=without), chance, 3):
+        for said in bench.look(scenario, bench.record(scenario, without=without), chance, 12):
             if said:
                 return said
     for scenario in SCENARIOS.values():
