@@ -123,7 +123,9 @@ def _refit(target: Matrix, integers: NDArray[np.int8], steps: Matrix, feedback: 
     q = integers.astype(np.float64)
     weighted = q * feedback.hessian[:, None, :] if feedback.upper is None else q @ feedback.hessian
     above, below = (np.einsum("goc,goc->go", each, weighted) for each in (target, q))
-    alike = (steps[:, :, None] == steps[:, None, :]).astype(np.float64)  # [groups, outputs, outputs]
-    above, below = (np.einsum("gop,gp->go", alike, each) for each in (above, below))
+    groups = np.broadcast_to(np.arange(len(steps))[:, None], steps.shape)
+    _, alike = np.unique(np.stack([groups, steps]).reshape(2, -1), axis=1, return_inverse=True)
+    alike = alike.reshape(-1)  # numpy 2.0 alone gives it another shape
+    above, below = (np.bincount(alike, each.reshape(-1))[alike].reshape(steps.shape) for each in (above, below))
     fitted = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
     return np.where(fitted > np.finfo(np.float32).tiny, fitted, steps).astype(np.float32)

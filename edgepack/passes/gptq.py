@@ -40,7 +40,7 @@ __all__ = ["Gptq", "GptqParams", "quantise_weights", "weighted_nodes"]
 
 class Gptq:
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     title: ClassVar[str] = "weights as integers chosen against calibration data (GPTQ), biases corrected"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
