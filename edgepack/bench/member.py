@@ -77,10 +77,10 @@ class Outcome:
     def exit_code(self) -> int:
         return self.errors[0].exit_code if self.errors else 0
 
-    def with_evaluation(self, evaluation: dict[str, Json], error: EdgepackError | None) -> Outcome:
-        """The same, judged there on all evaluation data too."""
+    def with_evaluation(self, evaluation: dict[str, Json], demand: Callable[[], None]) -> Outcome:
+        """The same, judged there on all evaluation data too; `demand` raises where that does not hold."""
         document = {**(self.document or {}), "evaluation": evaluation}
-        return replace(self, document=document, errors=self.errors if error is None else (*self.errors, error))
+        return replace(self, document=document, errors=(*self.errors, *_caught(demand)))
 
 
 def measure_device(

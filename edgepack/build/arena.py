@@ -26,7 +26,7 @@ from edgepack.bench.machine import (
     make_contact,
     read_machine,
 )
-from edgepack.bench.ready import EMULATED_PATIENCE
+from edgepack.bench.ready import start
 from edgepack.bench.versus import SpeedRatio, VersusOrder, compare_on
 from edgepack.build.execute import Workbench, model_files
 from edgepack.build.planner import BuildPlan
@@ -215,10 +215,7 @@ class OnDevice:
 
     def _start(self) -> RunnerClient:
         assert self._contact is not None and self._place is not None
-        patience = EMULATED_PATIENCE if self.transport.emulated else 1.0
-        return RunnerClient.start(
-            self.transport, python=self._contact.python, runner=self._place.runner, patience=patience
-        )
+        return start(self.transport, self._contact, self._place)
 
     def _install(self, made: Made) -> ModelRef:
         """Pack the candidate as it would ship, and lay it out on the device: the wheels travel once."""

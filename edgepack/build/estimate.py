@@ -16,7 +16,7 @@ from edgepack.graph.inference import infer_shapes
 from edgepack.passes.layer_rows import static_shapes
 from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.passes.quantise_dynamic import products_worth_it
-from edgepack.runtimes.recipes import Recipe
+from edgepack.runtimes.recipes import Recipe, price_of
 from edgepack.spec.target import Target
 
 GRAPH_SHARE = 0.1
@@ -104,8 +104,8 @@ def estimate(recipe: Recipe, found: Profile, target: Target) -> Estimate:
     uses = {use.name: use.params for use in recipe.passes}
     bits: float = STORED_BITS[recipe.precision]
     static_bits = bits
-    price = uses.get("gptq", {}).get("bit_price")
-    if isinstance(price, float):
+    price = price_of(recipe)
+    if price is not None:
         static_bits = min(bits, max(LEAST_BITS, COARSEST_BITS + math.log2(COARSEST_PRICE / price) / 2))
     share = float(str(uses.get("prune-channels", {}).get("macs_share", 1.0)))
     rest = found.bytes - 4 * found.weights

@@ -11,9 +11,8 @@ from edgepack.build.inputs import OpenProject
 from edgepack.build.judging import plain
 from edgepack.build.reference import fp32_outputs
 from edgepack.bundle.bundle import Bundle
-from edgepack.errors import EdgepackError, GateMissedError, GateUnresolvedError
 from edgepack.judge.compare import compare
-from edgepack.judge.gate import Verdict, judge_drop, raise_for
+from edgepack.judge.gate import Verdict, judge_drop
 from edgepack.runtimes.recipes import baseline_recipe
 from edgepack.spec.target import load_target
 from edgepack.store import Json
@@ -36,15 +35,6 @@ class Evaluation:
     def __str__(self) -> str:
         other = "" if self.same_data else "; the bundle was judged on other data when it was built"
         return f"on {self.where}, all of it: {self.verdict.answer}: {self.verdict}{other}"
-
-
-def missed(found: Evaluation) -> EdgepackError | None:
-    """What the command ends with where the gate does not hold there; None where it does."""
-    try:
-        raise_for(found.verdict)
-    except (GateMissedError, GateUnresolvedError) as error:
-        return error
-    return None
 
 
 def evaluate_on_device(bundle: Bundle, opened: OpenProject, device: JudgingDevice, bench: Workbench) -> Evaluation:

@@ -290,24 +290,31 @@ class _Search:
     def _narrow(self) -> None:
         """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
         bytes. At half its price of a bit: what is left has less to spare."""
-        best = next((c for c in self._holding() if _is_refined(c)), None)
-        if self.setting.search.objective == "size" or best is None:
+        best = self._best_to_lighten()
+        if best is None:
             return
         price = price_of(best.plan.recipe)
         whole = best.plan.recipe if price is None else repriced(best.plan.recipe, price / 2)
-        for share in MACS_SHARES:
-            candidate = self._add(self.setting.plan_of(narrowed(whole, share)), base=best.base)
-            self._try(candidate)
-            if candidate.outcome != "kept":
-                return
+        self._while_it_holds([narrowed(whole, share) for share in MACS_SHARES], best)
 
     def _shrink(self) -> None:
         """Let the best so far see its input smaller, where the project allows it, as long as it holds."""
-        best = next((c for c in self._holding() if _is_refined(c)), None)
-        if self.setting.search.objective == "size" or best is None:
+        best = self._best_to_lighten()
+        if best is None:
             return
-        for share in sorted(self.setting.search.resolutions, reverse=True):
-            candidate = self._add(self.setting.plan_of(smaller_input(best.plan.recipe, share)), base=best.base)
+        shares = sorted(self.setting.search.resolutions, reverse=True)
+        self._while_it_holds([smaller_input(best.plan.recipe, share) for share in shares], best)
+
+    def _best_to_lighten(self) -> Candidate | None:
+        """The best that holds, of those that the search goes on from; None also where arithmetic does not count."""
+        if self.setting.search.objective == "size":
+            return None
+        return next((c for c in self._holding() if _is_refined(c)), None)
+
+    def _while_it_holds(self, recipes: Sequence[Recipe], base: Candidate) -> None:
+        """Try one after the other, each bolder than the one before it."""
+        for recipe in recipes:
+            candidate = self._add(self.setting.plan_of(recipe), base=base.base)
             self._try(candidate)
             if candidate.outcome != "kept":
                 return

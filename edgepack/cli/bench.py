@@ -184,8 +184,8 @@ def _measure(job: Job, device: str, reach: Reach, as_json: bool, evaluate: Path 
     """One device, or all of a group: print what became of it, then end with its exit code."""
     from edgepack.bench.group import GROUP, measure_group
     from edgepack.bench.member import measure_device
-    from edgepack.build.evaluate import missed
     from edgepack.errors import UsageError
+    from edgepack.judge.gate import raise_for
     from edgepack.report.group import group_document, group_page
     from edgepack.report.measured import outcome_page
 
@@ -202,7 +202,7 @@ def _measure(job: Job, device: str, reach: Reach, as_json: bool, evaluate: Path 
     outcome = measure_device(job, device, reach, say=say, progress=_show_upload)
     found = None if opened is None else _evaluate(job.bundle, opened, device, reach)
     if found is not None:
-        outcome = outcome.with_evaluation(found.to_json(), missed(found))
+        outcome = outcome.with_evaluation(found.to_json(), lambda: raise_for(found.verdict))
     if as_json:
         show_json(outcome.document)
     else:

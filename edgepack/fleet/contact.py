@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
+from edgepack.bench.ready import EMULATED_PATIENCE
 from edgepack.errors import DeviceError
 from edgepack.transports.base import Channel, Transport
 
@@ -17,7 +18,6 @@ FLEET_ROOT = "/var/lib/edgepack"
 ANSWER_S = 120.0
 INSTALL_S = 3600.0
 """Unpacking on an SD card, hooks with their own limits, and four turns of a benchmark."""
-EMULATED_PATIENCE = 20.0
 Outcome = Literal["installed", "already", "refused", "taken-back", "given-up"]
 Bounded = Annotated[str, pydantic.Field(max_length=4000)]
 

@@ -97,9 +97,6 @@ BIT_PRICES = (0.04, 0.01, 0.0025, 0.0006)
 Between the first that holds and the one before it, a search goes on by halves."""
 
 
-GPTQ_WHY = "int8, weights chosen by GPTQ, biases corrected"
-
-
 def rung(price: float) -> str:
     """The name of the recipe whose bits have this price."""
     return f"int8-p{price:.2g}"
@@ -193,25 +190,25 @@ def proposals(target: Target, objective: Objective, *, npu_compiler: bool = Fals
 
 def _static_recipes(target: Target) -> dict[str, Recipe]:
     bits = target.numerics.weight_bits
-    gptq = _gptq(bits, None)
     return {
-        **{rung(price): priced(price, bits) for price in BIT_PRICES},
+        **{name: _static(name, why, _gptq(bits, price)) for name, (price, why) in _CHOSEN.items()},
         "int8": _static("int8", "int8, ranges from smallest to largest value"),
         "int8-percentile": _static("int8-percentile", "int8, ranges that cover 99.99 %", ranges="percentile"),
         "int8-mse": _static("int8-mse", "int8, ranges of least squared error", ranges="mse"),
-        "int8-gptq": _static("int8-gptq", GPTQ_WHY, gptq),
         "int8-equalised": _static("int8-equalised", "int8 after cross-layer equalisation", Use(name="equalise")),
         "int8-smooth": _static("int8-smooth", "int8 after SmoothQuant", Use(name="smooth")),
     }
 
 
-def priced(price: float, bits: int) -> Recipe:
-    """int8 whose weights are chosen for a short code: the higher the price of a bit, the fewer bytes."""
-    return _static(rung(price), _why_priced(price), _gptq(bits, price))
-
-
 def _why_priced(price: float) -> str:
     return f"int8, weights chosen for a short code (GPTQ, {price:.2g} a bit)"
+
+
+_CHOSEN: dict[str, tuple[float | None, str]] = {
+    "int8-gptq": (None, "int8, weights chosen by GPTQ, biases corrected"),
+    **{rung(price): (price, _why_priced(price)) for price in BIT_PRICES},
+}
+"""Static int8 whose integers GPTQ chooses, by name: the price of a bit, and why. The higher it is, the fewer bytes."""
 
 
 def _gptq(bits: int, price: float | None) -> Use:
@@ -329,8 +326,7 @@ def _openvino_alone(target: Target, objective: Objective) -> tuple[Recipe, ...]:
     int8, *others = _openvino_cpu(target)
     bits = target.numerics.weight_bits
     known = {"int8": int8}
-    for name, price in {"int8-gptq": None, **dict(zip(RUNGS, BIT_PRICES, strict=True))}.items():
-        why = GPTQ_WHY if price is None else _why_priced(price)
+    for name, (price, why) in _CHOSEN.items():
         static = (_gptq(bits, price), *_integers(), COMPACT)
         known[name] = _openvino(
             target, f"openvino-{name}", f"{why}; in OpenVINO", "int8", (), npu_compiler=False, before=static
@@ -394,8 +390,7 @@ def _litert_recipes(runtime: str, objective: Objective, bits: int) -> tuple[Reci
     static: dict[str, Json] = {"default": "static"}
     mixed: dict[str, Json] = {"default": "static", "operators": {"FULLY_CONNECTED": "dynamic"}}
     known = {"int8": _litert(runtime, "int8", "weights and activations in int8", "int8", static)}
-    for name, price in {"int8-gptq": None, **dict(zip(RUNGS, BIT_PRICES, strict=True))}.items():
-        why = GPTQ_WHY if price is None else _why_priced(price)
+    for name, (price, why) in _CHOSEN.items():
         before = (_gptq(bits, price), Use(name="observe"))
         known[name] = _litert(runtime, name, why, "int8", static, before=before)
     return (
