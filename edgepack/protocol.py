@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import pydantic
 
@@ -284,19 +284,77 @@ class Restored:
 T = TypeVar("T")
 
 
-class RunnerClient:
-    """One running runner; a context manager that ends it.
+class Conversation:
+    """Requests and answers, a line of JSON each, with a program on a device; a context manager that ends it.
 
-    Every call raises RunnerError when the runner reports a failure, and DeviceError when it is gone,
-    does not answer in time or answers nonsense; after that the runner is ended. `patience` stretches
-    every time limit: an emulated device is some twenty times slower.
+    Every request raises what `_failure` makes of an answer that is a failure, and DeviceError where the program is
+    gone, does not answer in time or answers nonsense; after that it is ended. `patience` stretches every time limit:
+    an emulated device is some twenty times slower.
     """
+
+    PROGRAM: ClassVar[str] = ""
+    """What stands before the verb in messages."""
 
     def __init__(self, channel: Channel, *, where: str, patience: float = 1.0) -> None:
         self._channel = channel
         self._where = where
         self._patience = patience
         self._last_id = 0
+
+    def close(self) -> None:
+        """End the program. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _is_news(self, answer: Mapping[str, Any]) -> bool:
+        """Whether a line only tells what the program does meanwhile, and the answer comes after it."""
+        return False
+
+    def _failure(self, where: str, error: Mapping[str, Any]) -> DeviceError:
+        """What to raise for a failure that the program reported; `error` as it came."""
+        raise NotImplementedError
+
+    def _ask(self, verb: str, request: Mapping[str, object], kind: type[T], timeout_s: float) -> T:
+        self._last_id += 1
+        line = json.dumps({"id": self._last_id, "verb": verb, **request}, separators=(",", ":"))
+        where = f"{self._where}: {self.PROGRAM}{verb}"
+        try:
+            self._channel.send(line.encode())
+            while self._is_news(answer := self._read(where, self._channel.receive(timeout_s * self._patience))):
+                pass
+            if answer.get("ok") is True:
+                adapter: pydantic.TypeAdapter[T] = pydantic.TypeAdapter(kind)
+                return adapter.validate_python(answer.get("result"))
+        except pydantic.ValidationError as error:
+            self.close()
+            raise DeviceError(f"{where}: its answer has another form than expected: {error}") from error
+        except BaseException:
+            self.close()  # its next answer would be taken for that of another request
+            raise
+        failure = answer.get("error")
+        raise self._failure(where, failure if isinstance(failure, dict) else {})
+
+    def _read(self, where: str, line: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise DeviceError(f"{where}: answered {line[:120]!r}; expected a line of JSON") from error
+        if not isinstance(answer, dict) or answer.get("id") != self._last_id:
+            raise DeviceError(f"{where}: answered {line[:120]!r}; expected the answer to request {self._last_id}")
+        return answer
+
+
+class RunnerClient(Conversation):
+    """One running runner. A failure that it reports is a RunnerError."""
+
+    PROGRAM = "runner, "
 
     @classmethod
     def start(cls, transport: Transport, *, python: str, runner: str, patience: float = 1.0) -> RunnerClient:
@@ -398,55 +456,11 @@ class RunnerClient:
         """Put back what was there before each `hold`."""
         return self._ask("release", {}, Restored, PROBE_TIMEOUT_S)
 
-    def close(self) -> None:
-        """End the runner. Idempotent."""
-        self._channel.close()
-
-    def __enter__(self) -> RunnerClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _ask(self, verb: str, request: Mapping[str, object], kind: type[T], timeout_s: float) -> T:
-        self._last_id += 1
-        line = json.dumps({"id": self._last_id, "verb": verb, **request}, separators=(",", ":"))
-        try:
-            self._channel.send(line.encode())
-            answer = self._channel.receive(timeout_s * self._patience)
-            return self._read(verb, answer, kind)
-        except RunnerError:
-            raise
-        except BaseException:
-            self.close()  # its next answer would be taken for that of another request
-            raise
-
-    def _read(self, verb: str, line: bytes, kind: type[T]) -> T:
-        where = f"{self._where}: runner, {verb}"
-        try:
-            answer = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise DeviceError(f"{where}: answered {line[:120]!r}; expected a line of JSON") from error
-        if not isinstance(answer, dict) or answer.get("id") != self._last_id:
-            raise DeviceError(f"{where}: answered {line[:120]!r}; expected the answer to request {self._last_id}")
-        if answer.get("ok") is not True:
-            raise _failure(where, answer.get("error"))
-        try:
-            adapter: pydantic.TypeAdapter[T] = pydantic.TypeAdapter(kind)
-            return adapter.validate_python(answer.get("result"))
-        except pydantic.ValidationError as error:
-            raise DeviceError(f"{where}: its answer has another form than expected: {error}") from error
+    def _failure(self, where: str, error: Mapping[str, Any]) -> RunnerError:
+        """One of a kind that we do not know is the runner's own defect."""
+        kind, message = str(error.get("kind")), str(error.get("message", "no reason given"))
+        return RunnerError(f"{where}: {kind}: {message}", failure=kind if kind in FAILURES else "internal")
 
 
 def _listed(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else list(names)
-
-
-def _failure(where: str, error: Any) -> RunnerError:
-    """The failure that a runner reported; one of a kind that we do not know is its own defect."""
-    fields = error if isinstance(error, dict) else {}
-    kind = str(fields.get("kind"))
-    message = str(fields.get("message", "no reason given"))
-    return RunnerError(f"{where}: {kind}: {message}", failure=kind if kind in FAILURES else "internal")

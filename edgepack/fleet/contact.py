@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from edgepack.bench.ready import EMULATED_PATIENCE
 from edgepack.errors import DeviceError
+from edgepack.protocol import Conversation
 from edgepack.transports.base import Channel, Transport
 
 FLEET_ROOT = "/var/lib/edgepack"
@@ -90,15 +89,15 @@ class Done:
     proof: Mapping[str, Any] | None
 
 
-T = TypeVar("T")
+class Installer(Conversation):
+    """A running installer. A refusal that it reports is an InstallerError."""
 
-
-class Installer:
-    """A running installer; a context manager that ends it. Raises InstallerError and DeviceError."""
-
-    def __init__(self, channel: Channel, *, where: str, patience: float, stage: Callable[[str], None]) -> None:
-        self._channel, self._where, self._patience, self._stage = channel, where, patience, stage
-        self._last_id = 0
+    def __init__(
+        self, channel: Channel, *, where: str, patience: float = 1.0, stage: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`stage` is told what the device does."""
+        super().__init__(channel, where=where, patience=patience)
+        self._stage = stage
 
     @classmethod
     def start(cls, transport: Transport, root: str, *, stage: Callable[[str], None] = lambda _: None) -> Installer:
@@ -129,42 +128,12 @@ class Installer:
     def rollback(self, product: str) -> Done:
         return self._ask("rollback", {"product": product}, Done, INSTALL_S)
 
-    def close(self) -> None:
-        """Idempotent."""
-        self._channel.close()
+    def _is_news(self, answer: Mapping[str, Any]) -> bool:
+        if "stage" not in answer:
+            return False
+        self._stage(str(answer["stage"])[:60])
+        return True
 
-    def __enter__(self) -> Installer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _ask(self, verb: str, request: Mapping[str, object], kind: type[T], timeout_s: float) -> T:
-        self._last_id += 1
-        self._channel.send(json.dumps({"id": self._last_id, "verb": verb, **request}).encode())
-        while True:
-            answer = self._read(verb, self._channel.receive(timeout_s * self._patience))
-            if "stage" not in answer:
-                break
-            self._stage(str(answer["stage"])[:60])
-        if answer.get("ok") is not True:
-            error = answer.get("error")
-            fields = error if isinstance(error, dict) else {}
-            message = f"{self._where}: {verb}: {str(fields.get('message', 'no reason given'))[:2000]}"
-            raise InstallerError(message, kind_there=str(fields.get("kind")))
-        try:
-            adapter: pydantic.TypeAdapter[T] = pydantic.TypeAdapter(kind)
-            return adapter.validate_python(answer.get("result"))
-        except pydantic.ValidationError as error:
-            raise DeviceError(f"{self._where}: {verb}: its answer has another form than expected: {error}") from error
-
-    def _read(self, verb: str, line: bytes) -> dict[str, Any]:
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DeviceError(f"{self._where}: {verb}: answered {line[:120]!r}; expected a line of JSON") from error
-        if not isinstance(answer, dict) or answer.get("id") != self._last_id:
-            raise DeviceError(f"{self._where}: {verb}: answered {line[:120]!r}, to another request")
-        return answer
+    def _failure(self, where: str, error: Mapping[str, Any]) -> InstallerError:
+        message = str(error.get("message", "no reason given"))[:2000]
+        return InstallerError(f"{where}: {message}", kind_there=str(error.get("kind")))
