@@ -113,10 +113,14 @@ class CommandSigner:
 
 
 def make_key(path: Path) -> PublicKey:
-    """A new key: the secret one to `path`, mode 0600, the public one to `path`.pub.
+    """A new key: the secret one to `path`, mode 0600, the public one to `path`.pub. Raises as `make_secret`."""
+    public = make_secret(path)
+    write_atomic(public_path(path), public.pem)
+    return public
 
-    Raises InputError where `path` is there already, StorageError.
-    """
+
+def make_secret(path: Path) -> PublicKey:
+    """A new secret key, mode 0600, alone. Raises InputError where `path` is there already, StorageError."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import (
         BestAvailableEncryption,
@@ -139,7 +143,6 @@ def make_key(path: Path) -> PublicKey:
     with storage_errors(path), os.fdopen(handle, "wb") as file:
         os.fchmod(file.fileno(), 0o600)  # whatever the umask
         file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how))
-    write_atomic(public_path(path), public.pem)
     return public
 
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from securesystemslib.signer import Signature, Signer, SSlibKey
 
-from edgepack.errors import InputError, StorageError
+from edgepack.bundle import keys
+from edgepack.errors import InputError
 from edgepack.spec.fleet import Key
 from edgepack.store import storage_errors
 
@@ -28,22 +27,14 @@ def tuf_key(key: Key) -> SSlibKey:
 
 
 def make_key(folder: Path, name: str) -> Key:
-    """A new key pair, its private half in `folder`/keys/NAME.pem for its owner alone. Raises StorageError."""
-    private = Ed25519PrivateKey.generate()
+    """A new key, its private half alone in `folder`/keys/NAME.pem: fleet.toml holds the other.
+
+    Raises InputError where it is there already, StorageError.
+    """
     path = folder / "keys" / f"{name}.pem"
-    pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
     with storage_errors(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError as error:
-            raise StorageError(f"{path}: a key is there already; it is never written over") from error
-        with os.fdopen(handle, "wb") as file:
-            file.write(pem)
-    public = private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return Key(public=public.hex(), sign=f"file:keys/{path.name}")
+    return Key(public=keys.make_secret(path).raw.hex(), sign=f"file:keys/{path.name}")
 
 
 class KeySigner(Signer):
@@ -63,31 +54,25 @@ class KeySigner(Signer):
     def sign(self, payload: bytes) -> Signature:
         """Raises InputError where the private key is not to be had, or is another one's."""
         source, _, rest = self._key.sign.partition(":")
-        signature = self._by_command(rest, payload) if source == "command" else self._private(source, rest, payload)
-        try:
-            Ed25519PublicKey.from_public_bytes(bytes.fromhex(self._key.public)).verify(signature, payload)
-        except InvalidSignature as error:
-            raise InputError(f"{self._key.sign}: signs as another key than {self._key.public[:16]}…") from error
+        if source == "command":
+            signature = self._by_command(rest, payload)
+        else:
+            signature = keys.read_signer(self._named(source, rest), self._environ).sign(payload)
+        if not keys.PublicKey(bytes.fromhex(self._key.public)).signed(payload, signature):
+            raise InputError(f"{self._key.sign}: signs as another key than {self._key.public[:16]}…")
         return Signature(self.public_key.keyid, signature.hex())
 
-    def _private(self, source: str, rest: str, payload: bytes) -> bytes:
+    def _named(self, source: str, rest: str) -> str:
+        """As `read_signer` takes it."""
         if source == "env":
-            pem = self._environ.get(rest, "").encode()
-        else:
-            try:
-                pem = (self._folder / rest).read_bytes()
-            except OSError as error:
-                raise InputError(
-                    f"{self._folder / rest}: {error.strerror}; bring the key back to this machine for this step, or "
-                    "name where it is in fleet.toml"
-                ) from error
-        try:
-            private = serialization.load_pem_private_key(pem, password=None)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{self._key.sign}: holds no private key in PEM without a passphrase") from error
-        if not isinstance(private, Ed25519PrivateKey):
-            raise InputError(f"{self._key.sign}: is no Ed25519 key")
-        return private.sign(payload)
+            return f"{keys.ENVIRONMENT}{rest}"
+        path = self._folder / rest
+        if not path.is_file():
+            raise InputError(
+                f"{path}: is not there; bring the key back to this machine for this step, or name where it is in "
+                "fleet.toml"
+            )
+        return str(path)
 
     def _by_command(self, command: str, payload: bytes) -> bytes:
         try:
