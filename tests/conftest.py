@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,11 @@ from edgepack.bench.lease import NAME_VARIABLE
 
 # Several test runs on one machine must not wait for each other's benchmarks.
 os.environ.setdefault(NAME_VARIABLE, f"tests-{os.getpid()}")
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so all that it starts: tests that interrupt
+# a command would see it end by itself.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
