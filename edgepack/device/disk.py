@@ -104,7 +104,7 @@ def remove_tree(disk: Disk, path: str) -> None:
     if not is_folder:
         disk.unlink(path)
         return
-    for name in os.listdir(path):
+    for name in sorted(os.listdir(path)):
         remove_tree(disk, os.path.join(path, name))
     disk.remove_folder(path)
 

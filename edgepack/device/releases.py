@@ -135,7 +135,7 @@ class Store:
         self.disk.sync_all()  # what an installer that was killed left behind is here, but not yet durable
         for folder in (self.blobs, self.runtimes, self.staging):
             make_folders(self.disk, folder)
-        for name in os.listdir(self.staging):
+        for name in sorted(os.listdir(self.staging)):
             remove_tree(self.disk, os.path.join(self.staging, name))
 
     def blob(self, digest: str) -> str:
@@ -314,7 +314,7 @@ class Product:
         return target
 
     def _fill(self, fresh: str, release: Release, runtime: str, target: str) -> None:
-        folders = {fresh}
+        folders = [fresh]
         remove_tree(self.disk, fresh)
         self.disk.make_folder(fresh)
         for path in release.files:
@@ -325,7 +325,7 @@ class Product:
                 folder = os.path.join(fresh, *parts[:count])
                 if folder not in folders:
                     self.disk.make_folder(folder)
-                    folders.add(folder)
+                    folders.append(folder)
             self.disk.link(self.store.blob(release.files[path][0]), os.path.join(fresh, path))
         manifest = os.path.join(fresh, "manifest.json")
         self.disk.write(manifest, release.text)
@@ -491,10 +491,10 @@ def sweep(store: Store, products: List[Product]) -> None:
             with open(os.path.join(folder, "manifest.json"), "rb") as file:
                 release = Release(file.read())
             wanted |= {digest for path, (digest, _) in release.files.items() if path not in release.wheels}
-    for name in os.listdir(store.runtimes):
+    for name in sorted(os.listdir(store.runtimes)):
         if name not in used:
             store.put_away(os.path.join(store.runtimes, name))
-    for name in os.listdir(store.blobs):
+    for name in sorted(os.listdir(store.blobs)):
         if name.partition(".")[0] not in wanted:
             store.disk.unlink(store.blob(name))
 

@@ -55,9 +55,12 @@ class State:
     synced: frozenset[File]
 
     def survivors(self, chance: random.Random, samples: int) -> list[Survivor]:
-        """None of the changes, all, and a sample of the subsets."""
-        whole = [[True] * len(self.changes), [False] * len(self.changes)]
-        for _ in range(samples - 2):
+        """All of the changes, none, all but one of the latest in turn, and a sample of the subsets."""
+        count = len(self.changes)
+        whole = [[True] * count, [False] * count]
+        for lost in range(count - 1, max(-1, count - 1 - samples // 2), -1):
+            whole.append([each != lost for each in range(count)])
+        while len(whole) < samples:
             rate = chance.choice([0.2, 0.5, 0.8, 0.95])
             whole.append([chance.random() < rate for _ in self.changes])
         return [Survivor(self, kept, chance.randrange(1 << 30)) for kept in whole[:samples]]
