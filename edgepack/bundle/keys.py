@@ -107,7 +107,7 @@ class CommandSigner:
         if not self.public.signed(message, done.stdout):
             raise InputError(
                 f"the signing command {name} gave {len(done.stdout)} bytes that are no signature by {self.public.id}: "
-                "it has to write the 64 bytes of an Ed25519 signature of its input, by the key of --public"
+                "it has to write the 64 bytes of an Ed25519 signature of its input, by that key"
             )
         return done.stdout
 

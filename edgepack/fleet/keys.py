@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,6 @@ from edgepack.bundle import keys
 from edgepack.errors import InputError
 from edgepack.spec.fleet import Key
 from edgepack.store import storage_errors
-
-COMMAND_TIMEOUT_S = 300.0
-"""For a program that signs: somebody may have to touch a token."""
 
 
 def tuf_key(key: Key) -> SSlibKey:
@@ -38,7 +34,7 @@ def make_key(folder: Path, name: str) -> Key:
 
 
 class KeySigner(Signer):
-    """Signs with one key of fleet.toml, and checks what comes back."""
+    """Signs with one key of fleet.toml."""
 
     def __init__(self, key: Key, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
         self._key, self._folder, self._environ = key, folder, environ
@@ -53,14 +49,16 @@ class KeySigner(Signer):
 
     def sign(self, payload: bytes) -> Signature:
         """Raises InputError where the private key is not to be had, or is another one's."""
-        source, _, rest = self._key.sign.partition(":")
-        if source == "command":
-            signature = self._by_command(rest, payload)
-        else:
-            signature = keys.read_signer(self._named(source, rest), self._environ).sign(payload)
-        if not keys.PublicKey(bytes.fromhex(self._key.public)).signed(payload, signature):
+        signer = self._signer()
+        if signer.public.raw.hex() != self._key.public:
             raise InputError(f"{self._key.sign}: signs as another key than {self._key.public[:16]}…")
-        return Signature(self.public_key.keyid, signature.hex())
+        return Signature(self.public_key.keyid, signer.sign(payload).hex())
+
+    def _signer(self) -> keys.Signer:
+        source, _, rest = self._key.sign.partition(":")
+        if source == "command":  # it checks what comes back itself
+            return keys.CommandSigner(command=shlex.split(rest), public=keys.PublicKey(bytes.fromhex(self._key.public)))
+        return keys.read_signer(self._named(source, rest), self._environ)
 
     def _named(self, source: str, rest: str) -> str:
         """As `read_signer` takes it."""
@@ -73,12 +71,3 @@ class KeySigner(Signer):
                 "fleet.toml"
             )
         return str(path)
-
-    def _by_command(self, command: str, payload: bytes) -> bytes:
-        try:
-            done = subprocess.run(
-                shlex.split(command), input=payload, capture_output=True, timeout=COMMAND_TIMEOUT_S, check=True
-            )
-            return bytes.fromhex(done.stdout.decode("ascii").strip())
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            raise InputError(f"command:{command}: did not sign: {error}; it has to write 128 hex digits") from error

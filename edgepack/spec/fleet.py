@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +23,15 @@ class Key(Spec):
     public: PublicKey
     sign: str
     """`file:keys/x.pem` (relative to fleet.toml), `env:NAME` (the PEM text), or `command:/path/to/program WORDS`: it
-    reads the message on standard input and writes the signature, 128 hex digits."""
+    reads the message on standard input and writes the 64 bytes of the signature, as for a bundle."""
 
     @field_validator("sign")
     @classmethod
     def _known_source(cls, value: str) -> str:
         if not value.startswith(SOURCES):
             raise ValueError(f"a key is signed with by one of {', '.join(SOURCES)}")
+        if value.startswith("command:") and not shlex.split(value.removeprefix("command:")):
+            raise ValueError("command: is followed by a program")
         return value
 
 

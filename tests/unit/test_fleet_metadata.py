@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +21,7 @@ from edgepack.fleet import trust
 from edgepack.fleet.home import init
 from edgepack.fleet.keys import make_key
 from edgepack.fleet.trust import Entry, Repository
-from edgepack.spec.fleet import Fleet
+from edgepack.spec.fleet import Fleet, Key
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PATH = "camera/rpi4.json"
@@ -155,3 +157,32 @@ def test_the_folder_of_a_fleet_holds_its_private_keys_for_its_owner_alone(world:
     shutil.rmtree(world.folder / "keys")
     with pytest.raises(InputError, match="bring the key back"):
         world.publish(3)
+
+
+def test_a_program_signs_as_it_does_for_a_bundle(world: World, tmp_path: Path) -> None:
+    program = tmp_path / "sign.py"
+    program.write_text(
+        "import sys\n"
+        "from cryptography.hazmat.primitives.serialization import load_pem_private_key\n"
+        f"key = load_pem_private_key(open({str(world.folder / 'keys/product-camera.pem')!r}, 'rb').read(), None)\n"
+        "signature = key.sign(sys.stdin.buffer.read())\n"
+        "sys.stdout.buffer.write(signature.hex().encode() if sys.argv[1:] == ['hex'] else signature)\n"
+    )
+    role = world.fleet.products["camera"]
+
+    def by(*words: str) -> Fleet:
+        key = role.keys[0].model_copy(update={"sign": f"command:{shlex.join([sys.executable, str(program), *words])}"})
+        return world.fleet.model_copy(update={"products": {"camera": role.model_copy(update={"keys": (key,)})}})
+
+    world.fleet = by()
+    world.publish(2)
+    assert world.believe(world.device, world.offer()).listing(PATH)["custom"]["sequence"] == 2
+    world.fleet = by("hex")
+    with pytest.raises(InputError, match="gave 128 bytes that are no signature"):
+        world.publish(3)
+
+
+@pytest.mark.parametrize("sign", ["command:", "command:'open", "pkcs11:1"])
+def test_a_key_that_nothing_could_sign_with_is_refused(sign: str) -> None:
+    with pytest.raises(ValueError, match="Value error"):
+        Key(public="0" * 64, sign=sign)
