@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, get_args
 
 from edgepack.fleet.plan import Plan
 from edgepack.spec.fleet import Waves
@@ -82,12 +85,11 @@ def next_action(
     for target, waves in plan.lanes.items():
         lane = view(plan.policy, waves, reports, words.get(target, Word()))
         lanes[target] = lane
-        states = {name: reports[name].state for wave in waves for name in wave}
-        busy = busy or "busy" in states.values()
+        busy = busy or lane.counts["busy"] > 0
         if lane.state == "aborted":
-            take_back += [name for name, state in states.items() if state == "installed"]
+            take_back += [name for wave in waves for name in wave if reports[name].state == "installed"]
         elif lane.state == "running":
-            ready = [name for name in waves[lane.wave] if states[name] == "waiting"]
+            ready = [name for name in waves[lane.wave] if reports[name].state == "waiting"]
             open_later = open_later or bool(ready)
             begin += ready
     if quiet:
@@ -104,9 +106,8 @@ def next_action(
 
 def view(policy: Waves, waves: Sequence[Sequence[str]], reports: Mapping[str, Report], word: Word) -> Lane:
     """The lane's state and the reason for it."""
-    members = [reports[name] for wave in waves for name in wave]
-    states = ("waiting", "busy", "installed", "failed", "unreachable", "rolled back")
-    counts = {state: sum(each.state == state for each in members) for state in states}
+    members = list(map(reports.__getitem__, chain.from_iterable(waves)))
+    counts = dict.fromkeys(get_args(DeviceState), 0) | Counter(map(attrgetter("state"), members))
     tried = counts["installed"] + counts["failed"] + counts["rolled back"]
     low, high = wilson(counts["failed"], tried, policy.confidence)
     open_waves = (
@@ -165,7 +166,7 @@ def _slow(policy: Waves, slowest: float | None) -> str:
 
 
 def _slowest(members: Sequence[Report]) -> float | None:
-    ratios = sorted(each.p90_ratio for each in members if each.p90_ratio is not None)
+    ratios = sorted(ratio for ratio in map(attrgetter("p90_ratio"), members) if ratio is not None)
     return ratios[math.ceil(SLOWEST * len(ratios)) - 1] if len(ratios) >= MIN_RATIOS else None
 
 

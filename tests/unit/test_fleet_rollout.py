@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
 from datetime import time
 
 import pytest
 
 from edgepack.fleet.perform import in_quiet_hours
-from edgepack.fleet.plan import Plan, Share, cut, mix
+from edgepack.fleet.plan import cut, mix
 from edgepack.fleet.rollout import Report, Word, next_action, view, wilson
 from edgepack.spec.fleet import Waves
-
-
-def plan(devices: int, policy: Waves | None = None) -> Plan:
-    policy = policy or Waves()
-    names = [f"d{number}" for number in range(devices)]
-    waves = cut(names, policy)
-    share = Share(paths=("p/here.json",), bytes=1)
-    return Plan(
-        release="p-1", digest="0", policy=policy, lanes={"here": waves}, shares=dict.fromkeys(names, share), left_out={}
-    )
+from tests.support.fleet_simulation import simulate, simulated_plan
 
 
 def test_waves_grow_by_all_before_them() -> None:
-    assert [len(wave) for wave in plan(100).lanes["here"]] == [1, 3, 12, 48, 36]
+    assert [len(wave) for wave in simulated_plan(100).lanes["here"]] == [1, 3, 12, 48, 36]
 
 
 def test_each_label_is_spread_evenly_over_the_order() -> None:
@@ -73,7 +62,7 @@ def test_a_slow_twentieth_pauses() -> None:
 
 def test_approval_holds_each_wave_back() -> None:
     policy = Waves(approval=True)
-    made = plan(4, policy)
+    made = simulated_plan(4, policy)
     reports = {name: Report() for name in made.devices}
     assert next_action(made, reports, {}, room=9).begin == ("d0",)
     reports["d0"] = Report(state="installed")
@@ -89,23 +78,19 @@ def test_quiet_hours_go_over_midnight() -> None:
     assert not in_quiet_hours(None, time(3, 0))
 
 
-@pytest.mark.parametrize(("rate", "most"), [(1.0, 1), (0.3, 40)])
-def test_few_devices_meet_a_bad_release(rate: float, most: int) -> None:
-    for seed in range(20):
-        assert exposed(1000, rate, seed) <= most
+@pytest.mark.parametrize(("rate", "most", "at_first"), [(1.0, 1, 1), (0.3, 64, 16)])
+def test_few_devices_meet_a_bad_release_even_where_every_pause_is_resumed(
+    rate: float, most: int, at_first: int
+) -> None:
+    made = simulated_plan(2000)
+    found = [simulate(made, rate, seed, at_once=256) for seed in range(40)]
+    assert {each.end for each in found} == {"aborted"}
+    assert max(each.exposed for each in found) <= most
+    assert max(each.exposed_at_first for each in found) <= at_first
 
 
-def exposed(devices: int, rate: float, seed: int) -> int:
-    """How many devices a release that fails on a share of `rate` was begun on before it stopped."""
-    made, chance = plan(devices), random.Random(seed)
-    reports = {name: Report() for name in made.devices}
-    begun = 0
-    while True:
-        action = next_action(made, reports, {}, room=4)
-        if action.finished:
-            return begun
-        for name in action.begin:
-            begun += 1
-            reports[name] = Report(state="failed" if chance.random() < rate else "installed")
-        for name in action.take_back:
-            reports[name] = replace(reports[name], state="rolled back")
+def test_a_release_that_fails_on_fewer_than_may_fail_reaches_all_unless_its_canary_does() -> None:
+    made = simulated_plan(2000)
+    for seed in range(40):
+        found = simulate(made, 0.005, seed, at_once=256)
+        assert (found.end, found.exposed) == ("done", 2000)
