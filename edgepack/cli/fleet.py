@@ -251,6 +251,44 @@ def status(release: ReleaseArgument, fleet: FleetOption = HERE, as_json: JsonFla
         typer.echo(rollout_page(made, lanes, reports))
 
 
+@app.command("report")
+def report(
+    release: ReleaseArgument,
+    fleet: FleetOption = HERE,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("rollout.html"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Write one HTML page of a rollout: targets, waves, what went wrong, who said what. No scripts, no network.
+
+    \b
+    Examples:
+      edgepack fleet report release-1/ --fleet fleet/ -o rollout.html
+    """
+    from edgepack.fleet.home import Home
+    from edgepack.fleet.release import load_release
+    from edgepack.fleet.rollout import next_action
+    from edgepack.report.rollout import Course, course_page
+    from edgepack.store import write_atomic
+
+    home = Home(fleet)
+    with home.ledger(load_release(release)) as ledger:
+        made, reports = ledger.plan(), ledger.reports()
+        course = Course(
+            plan=made,
+            begun_at=ledger.begun_at(),
+            lanes=next_action(made, reports, ledger.words(), room=0).lanes,
+            reports=reports,
+            times=ledger.times(),
+            acts=home.audit.acts(made.release),
+        )
+    page = course_page(course).encode()
+    write_atomic(output, page)
+    if as_json:
+        show_json({"path": str(output), "bytes": len(page), "release": made.release})
+    else:
+        typer.echo(f"wrote {output}")
+
+
 @app.command("pause")
 def pause(release: ReleaseArgument, fleet: FleetOption = HERE, target: LaneOption = None) -> None:
     """Begin no device any more; those at work finish."""

@@ -20,14 +20,24 @@ from edgepack.fleet.release import Packed, Release
 from edgepack.fleet.rollout import Action, Report, next_action
 from edgepack.fleet.state import Audit, Ledger
 from edgepack.spec.inventory import Device
+from edgepack.store import Json
 from edgepack.transports.base import Transport
 
 TICK_S = 0.2
 BUSY_WAIT_S = 2.0
 BUSY_TRIES = 90
 """An installer whose operator was killed goes on by itself: so long is it waited for."""
-Stage = Callable[[str, str], None]
-"""Called with (device, what it does now)."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What goes on with one device: written by the thread that has it, read by who shows it."""
+
+    stage: str = "connecting"
+    sent_bytes: int = 0
+
+    def at(self, stage: str) -> None:
+        self.stage = stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +72,23 @@ class Unfit(DeviceError):
     """Nothing in the release is for this device."""
 
 
-def install_on(field: Field, name: str, stage: Stage) -> Report:
+def install_on(field: Field, name: str, work: Work) -> Report:
     """Bring the release to one device, or find that it is there. What went wrong is in the report."""
     ratios: list[float] = []
 
     def act(installer: Installer, transport: Transport, status: Status) -> Report:
         for packed in field.bundles(name, status.os):
-            done = _install(field, packed, installer, transport, root=field.root(name), stage=lambda s: stage(name, s))
+            done = _install(field, packed, installer, transport, root=field.root(name), work=work)
             if done.outcome not in ("installed", "already"):
                 return Report(state="failed", stage=done.stage, reason=done.reason)
             if done.proof and isinstance(ratio := done.proof.get("latency_ratio"), float):
                 ratios.append(ratio)
         return Report(state="installed", p90_ratio=max(ratios, default=None))
 
-    return _visit(field, name, stage, act)
+    return _visit(field, name, work, act)
 
 
-def take_back_on(field: Field, name: str, stage: Stage) -> Report:
+def take_back_on(field: Field, name: str, work: Work) -> Report:
     """From this release to the one before it, where the device has this one."""
 
     def act(installer: Installer, _: Transport, status: Status) -> Report:
@@ -98,15 +108,14 @@ def take_back_on(field: Field, name: str, stage: Stage) -> Report:
                 stays.append(f"{packed.product}: {done.stage}: {done.reason}")
         return Report(state="rolled back", reason="; ".join(stays), stage="stays" if stays else "")
 
-    return _visit(field, name, stage, act)
+    return _visit(field, name, work, act)
 
 
-def _visit(field: Field, name: str, stage: Stage, act: Callable[[Installer, Transport, Status], Report]) -> Report:
+def _visit(field: Field, name: str, work: Work, act: Callable[[Installer, Transport, Status], Report]) -> Report:
     try:
         with reached(name, Reach(inventory=field.inventory)) as transport:
-            stage(name, "connected")
-            root = field.root(name)
-            with Installer.start(transport, root, stage=lambda what: stage(name, what)) as installer:
+            work.at("connected")
+            with Installer.start(transport, field.root(name), stage=work.at) as installer:
                 status = installer.status()
                 _check_name(name, status)
                 _believe(field, installer, status)
@@ -140,7 +149,7 @@ def _believe(field: Field, installer: Installer, status: Status) -> None:
 
 
 def _install(
-    field: Field, packed: Packed, installer: Installer, transport: Transport, *, root: str, stage: Callable[[str], None]
+    field: Field, packed: Packed, installer: Installer, transport: Transport, *, root: str, work: Work
 ) -> Done:
     prepared = installer.prepare(packed.path, field.release.manifest(packed))
     if prepared.installed:
@@ -149,17 +158,28 @@ def _install(
         last = prepared.given_up
         return Done(outcome="given-up", stage=last.stage, reason=f"it failed there before: {last.reason}", proof=None)
     if prepared.missing:
-        stage("receiving")
-        _send(field.release, prepared, installer, transport, root)
+        work.at("receiving")
+        _send(field.release, prepared, installer, transport, root=root, work=work)
     return installer.install(packed.path, again=field.again)
 
 
-def _send(release: Release, prepared: Prepared, installer: Installer, transport: Transport, root: str) -> None:
+def _send(
+    release: Release, prepared: Prepared, installer: Installer, transport: Transport, *, root: str, work: Work
+) -> None:
     """What is there of a file is gone on from; where it turns out to be something else, it is sent anew."""
+
+    def put(digest: str, offset: int) -> None:
+        begin = work.sent_bytes - offset
+
+        def count(done: int, _: int) -> None:
+            work.sent_bytes = begin + done
+
+        transport.put(release.blob(digest), f"{root}/blobs/{digest}.part", offset=offset, progress=count)
+
     for digest, (size, there) in prepared.missing.items():
         offset = there if there <= size else 0
         if offset < size or size == 0:
-            transport.put(release.blob(digest), f"{root}/blobs/{digest}.part", offset=offset)
+            put(digest, offset)
     sizes = {digest: size for digest, (size, _) in prepared.missing.items()}
     try:
         installer.accept(sizes)
@@ -167,7 +187,7 @@ def _send(release: Release, prepared: Prepared, installer: Installer, transport:
         if error.kind_there != "corrupt":
             raise
         for digest, size in _not_whole(installer, sizes):
-            transport.put(release.blob(digest), f"{root}/blobs/{digest}.part")
+            put(digest, 0)
             installer.accept({digest: size})
 
 
@@ -184,9 +204,9 @@ def _not_whole(installer: Installer, sizes: Mapping[str, int]) -> list[tuple[str
     return left
 
 
-Changed = Callable[[Action, Mapping[str, Report], Mapping[str, str]], None]
-"""Called with the action, every device's report, and what those at work do now."""
-Act = Callable[[Field, str, Stage], Report]
+Changed = Callable[[Action, Mapping[str, Report], Mapping[str, Work]], None]
+"""Called with the action, every device's report, and what goes on with those at work."""
+Act = Callable[[Field, str, Work], Report]
 
 
 def run_rollout(
@@ -205,7 +225,7 @@ def run_rollout(
     asks them.
     """
     policy, done = field.plan.policy, queue.SimpleQueue[tuple[str, Report] | BaseException]()
-    at_work: dict[str, str] = {}
+    at_work: dict[str, Work] = {}
     begun: list[float] = []
     reports = ledger.reports()
     said: dict[str, str] = {}
@@ -214,8 +234,8 @@ def run_rollout(
         reports[name] = replace(reports[name], state="busy")
         ledger.report(name, reports[name])
         audit("roll back" if act is take_back else "install", device=name, release=field.plan.release)
-        at_work[name] = "connecting"
-        threading.Thread(target=_work, args=(field, name, act, at_work, done), name=name, daemon=True).start()
+        at_work[name] = Work()
+        threading.Thread(target=_work, args=(field, name, act, at_work[name], done), name=name, daemon=True).start()
 
     while True:
         room = policy.concurrency - len(at_work)
@@ -225,7 +245,8 @@ def run_rollout(
             text = f"{lane.state}: wave {min(lane.wave + 1, lane.waves)} of {lane.waves}"
             if said.get(target) != text:
                 said[target] = text
-                audit("lane", target=target, state=lane.state, why=lane.why, wave=lane.wave)
+                release = field.plan.release
+                audit("lane", release=release, target=target, state=lane.state, why=lane.why, wave=lane.wave)
         for name in action.take_back:
             start(name, take_back)
         for name in action.begin:
@@ -248,33 +269,35 @@ def _settle(  # noqa: PLR0917
     ledger: Ledger,
     audit: Audit,
     reports: dict[str, Report],
-    at_work: dict[str, str],
+    at_work: dict[str, Work],
 ) -> None:
     if isinstance(outcome, BaseException):
         raise outcome
     name, report = outcome
+    report = replace(report, sent_bytes=reports[name].sent_bytes + at_work.pop(name).sent_bytes)
     attempts = reports[name].attempts + 1
     if report.state == "unreachable" and attempts < field.plan.policy.attempts:
         report = replace(report, state="waiting", attempts=attempts)
-    audit("outcome", device=name, state=report.state, stage=report.stage, reason=report.reason)
+    said: dict[str, Json] = {
+        "state": report.state,
+        "stage": report.stage,
+        "reason": report.reason,
+        "sent_bytes": report.sent_bytes,
+    }
+    audit("outcome", device=name, release=field.plan.release, **said)
     reports[name] = report
     ledger.report(name, report)
-    at_work.pop(name)
 
 
 def _work(
     field: Field,
     name: str,
     act: Act,
-    at_work: dict[str, str],
+    work: Work,
     done: queue.SimpleQueue[tuple[str, Report] | BaseException],
 ) -> None:
-    def stage(device: str, what: str) -> None:
-        if device in at_work:
-            at_work[device] = what
-
     try:
-        done.put((name, act(field, name, stage)))
+        done.put((name, act(field, name, work)))
     except BaseException as error:  # noqa: BLE001 - a defect: it is raised in the main thread
         done.put(error)
 

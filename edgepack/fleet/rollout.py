@@ -33,6 +33,8 @@ class Report:
     reason: str = ""
     p90_ratio: float | None = None
     """Over the release before it there."""
+    sent_bytes: int = 0
+    """Of the release, to this device, in all attempts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +81,10 @@ class Ledger:
             return Plan.model_validate_json(found[0])
         except pydantic.ValidationError as error:
             raise InputError(f"{self.path}: its plan is of another version of edgepack: {error}") from error
+
+    def begun_at(self) -> str:
+        """UTC; after `begin`."""
+        return str(self._database.execute("SELECT begun_at FROM rollout").fetchone()[0])
 
     def reports(self) -> dict[str, Report]:
         rows = self._database.execute("SELECT name, report FROM devices").fetchall()
@@ -168,15 +172,26 @@ def alone(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Act:
+    """A line of the audit log, as far as a page shows it."""
+
+    at: str
+    who: str
+    act: str
+    release: str | None = None
+    target: str | None = None
+
+
 class Audit:
     """One line of JSON an act: {at, who, act, ...}; appended and synced, never changed."""
 
     def __init__(self, path: Path, *, clock: Clock = utc_now) -> None:
         self._path, self._clock = path, clock
 
-    def __call__(self, act: str, **fields: Json) -> None:
+    def __call__(self, act: str, **more: Json) -> None:
         entry: dict[str, Json] = {"at": self._clock().isoformat(timespec="milliseconds"), "who": this_operator()}
-        line = json.dumps(entry | {"act": act} | fields).encode() + b"\n"
+        line = json.dumps(entry | {"act": act} | more).encode() + b"\n"
         with storage_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -185,3 +200,17 @@ class Audit:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+
+    def acts(self, release: str) -> list[Act]:
+        """Those on that release, in order. Raises InputError for a line that is none."""
+        if not self._path.is_file():
+            return []
+        known = {field.name for field in fields(Act)}
+        found = []
+        for number, line in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                found.append(Act(**{name: value for name, value in entry.items() if name in known}))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{self._path}: line {number} is no act: {error}; was the log edited?") from error
+        return [act for act in found if act.release == release]

@@ -12,12 +12,15 @@ import rich.live
 import rich.table
 
 from edgepack.errors import DeviceError, GateMissedError, GateUnresolvedError
+from edgepack.fleet.perform import Work
 from edgepack.fleet.plan import Plan
 from edgepack.fleet.rollout import Action, Lane, Report
-from edgepack.report.tables import grid
+from edgepack.report.tables import grid, size_text
 from edgepack.store import Json
 
 REFRESH_S = 0.25
+SHOWN_AT_WORK, SHOWN_FAILED = 16, 8
+"""Devices in the live view, one a line."""
 HEADINGS = ("target", "state", "wave", "waiting", "at work", "installed", "failed", "unreachable", "went back")
 COUNTED = ("waiting", "busy", "installed", "failed", "unreachable", "rolled back")
 
@@ -47,6 +50,7 @@ def rollout_document(plan: Plan, lanes: Mapping[str, Lane], reports: Mapping[str
                 "stage": reports[name].stage,
                 "reason": reports[name].reason,
                 "p90_ratio": reports[name].p90_ratio,
+                "sent_bytes": reports[name].sent_bytes,
             }
             for target, waves in plan.lanes.items()
             for number, wave in enumerate(waves, 1)
@@ -108,17 +112,23 @@ class Live:
         console = rich.console.Console(stderr=True)
         self._live = rich.live.Live(console=console, auto_refresh=False) if sys.stderr.isatty() else None
 
-    def show(self, action: Action, reports: Mapping[str, Report], at_work: Mapping[str, str]) -> None:
+    def show(self, action: Action, reports: Mapping[str, Report], at_work: Mapping[str, Work]) -> None:
         """As `run_rollout` calls it."""
         now = time.monotonic()
         if self._live is None or now - self._shown_at < REFRESH_S:
             return
         self._shown_at = now
-        table = rich.table.Table(*HEADINGS, title=self._plan.release)
+        sent = sum(each.sent_bytes for each in reports.values()) + sum(each.sent_bytes for each in at_work.values())
+        of = sum(each.bytes for each in self._plan.shares.values())
+        title = f"{self._plan.release}: {size_text(sent)} sent of {size_text(of)} at most"
+        table = rich.table.Table(*HEADINGS, title=title)
         for target, lane in action.lanes.items():
             table.add_row(*_row(target, lane))
-        for name, stage in list(at_work.items())[:20]:
-            table.add_row(name, stage)
+        for name, work in list(at_work.items())[:SHOWN_AT_WORK]:
+            table.add_row(name, f"{work.stage}, {size_text(work.sent_bytes)} sent")
+        failed = [(name, each) for name, each in reports.items() if each.state == "failed"]
+        for name, report in failed[-SHOWN_FAILED:]:
+            table.add_row(name, f"failed: {report.stage}", style="red")
         self._live.update(table, refresh=True)
 
     def __enter__(self) -> Live:

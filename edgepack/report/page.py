@@ -24,10 +24,17 @@ if TYPE_CHECKING:
 def report_page(material: Material) -> str:
     """The whole page, in the order given. Raises UnsupportedError where matplotlib or jinja2 is missing."""
     require_plotting()
+    builds = [section(evidence, f"t{number}") for number, evidence in enumerate(material.builds, 1)]
+    measured = measurements(material)
+    found = {each.evidence.name for each in builds} | {row.name for row in material.history}
+    return render("page.html", builds=builds, measured=measured, material=material, names=sorted(found))
+
+
+def render(template: str, **values: object) -> str:
+    """A page of that template in the one style that all have; what it is handed is escaped."""
     import jinja2
     from markupsafe import Markup
 
-    builds = [section(evidence, f"t{number}") for number, evidence in enumerate(material.builds, 1)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("edgepack.report"),
         autoescape=True,
@@ -45,14 +52,9 @@ def report_page(material: Material) -> str:
         "ticked": _ticked,
     }
     environment.globals["ranked"] = charts.ranked
-    measured = measurements(material)
-    found = {each.evidence.name for each in builds} | {row.name for row in material.history}
     # CSS of ours, not of the evidence
     style = Markup((resources.files("edgepack.report") / "templates" / "page.css").read_text(encoding="utf-8"))
-    page = environment.get_template("page.html").render(
-        builds=builds, measured=measured, material=material, names=sorted(found), style=style
-    )
-    return printable(page)
+    return printable(environment.get_template(template).render(style=style, **values))
 
 
 def _ticked(text: str) -> Markup:

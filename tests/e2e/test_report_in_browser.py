@@ -11,9 +11,11 @@ import pytest
 from edgepack.report.evidence import read_evidence
 from edgepack.report.gather import gather
 from edgepack.report.page import report_page
+from edgepack.report.rollout import course_page
 from tests.support.chromium import Browser, chromium
 from tests.support.evidence import evidence
 from tests.support.results import emulated, history_of, recorded, throttled
+from tests.support.rollouts import course
 
 pytestmark = pytest.mark.full
 
@@ -75,6 +77,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def rollout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rollout") / "rollout.html"
+    path.write_text(course_page(course()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with chromium(tmp_path_factory.mktemp("profile")) as started:
         yield started
@@ -132,3 +141,18 @@ def test_the_keyboard_skips_to_the_results_and_opens_what_is_closed(browser: Bro
     assert browser.evaluate("document.activeElement.parentElement.open") is False
     browser.press(*ENTER)
     assert browser.evaluate("document.activeElement.parentElement.open") is True
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, PHONE, DESK])
+def test_a_rollouts_page_is_readable_and_only_its_tables_scroll(
+    browser: Browser, rollout: Path, scheme: str, width: int
+) -> None:
+    with browser.watching("Network.requestWillBeSent") as requests:
+        browser.open(rollout, width=width, height=800, scheme=scheme)
+    assert [each["request"]["url"] for each in requests] == [rollout.resolve().as_uri()]
+    assert browser.evaluate(LOW_CONTRAST) == []
+    assert width == 320 or browser.evaluate(OVERLAPS) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelectorAll('figure svg').length") == 3
+    assert browser.errors == []

@@ -105,6 +105,7 @@ def make_bundle(
     wheels: tuple[Path, ...] | None = None,
     evidence: bytes | None = None,
     changes: Mapping[str, Mapping[str, object]] | None = None,
+    runner: Path = RUNNER_PATH,
 ) -> Bundle:
     """A whole bundle of the small model for this machine, with the real onnxruntime unless `wheels` are given.
 
@@ -118,7 +119,7 @@ def make_bundle(
     parts = Parts(
         model={"model": model or save_model(folder / "model.onnx")},
         wheels=wheels,
-        runner=RUNNER_PATH,
+        runner=runner,
         golden_inputs=npz_bytes(stacked),
         golden_outputs=npz_bytes(expected(stacked) if golden is None else golden),
         evidence=evidence,
