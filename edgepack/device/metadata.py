@@ -27,7 +27,7 @@ MAX_KEYS = 64  # of one role
 TOP_ROLES = ("root", "timestamp", "snapshot", "targets")
 SIGNED_AT = "x-edgepack-signed-at"
 """Of the timestamp: when it was signed, by the operator's clock; the specification lets a client ignore it."""
-HEX = re.compile(r"[0-9a-f]*")
+HEX = re.compile(r"[0-9a-fA-F]*")
 ROLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -161,6 +161,7 @@ def _accept_snapshot(new: Trusted, data: bytes, now_s: float, verify: Verify) ->
     signed = read(data, "snapshot")
     _check_signatures(data, "snapshot", new.root["keys"], new.root["roles"]["snapshot"], verify)
     _version_listed("snapshot", signed, new.signed["timestamp"]["meta"]["snapshot.json"])
+    _not_older("snapshot", signed, new, data)
     for name, entry in new.signed["snapshot"]["meta"].items() if "snapshot" in new.signed else ():
         if name not in signed["meta"]:
             raise Untrusted("mixed", "the snapshot lost %.80r" % name)
@@ -259,6 +260,7 @@ def parse(data: bytes, role: str) -> Json:
         raise Untrusted("malformed", "%s is not JSON as it is signed: %.120s" % (role, error)) from error
     _no_deeper(table, role, MAX_DEPTH)
     _shape(table, {"signatures": [{"keyid": str, "sig": str}], "signed": dict}, role)
+    _once([each["keyid"] for each in table["signatures"]], "a signature in %s" % role)
     return dict(table)
 
 
@@ -281,22 +283,30 @@ def read(data: bytes, kind: str) -> Json:
 
 
 def _sound_threshold(who: Json, role: str) -> None:
-    if len(who["keyids"]) > MAX_KEYS or not 1 <= who["threshold"] <= len(set(who["keyids"])):
+    _once(who["keyids"], "a key of %.60r" % role)
+    if len(who["keyids"]) > MAX_KEYS or not 1 <= who["threshold"] <= len(who["keyids"]):
         found = (who["threshold"], len(who["keyids"]), role)
         raise Untrusted("malformed", "a threshold of %d from %d keys for %.60r" % found)
+
+
+def _once(names: Sequence[str], what: str) -> None:
+    if len(set(names)) != len(names):
+        raise Untrusted("malformed", "%s stands there twice" % what)
 
 
 COUNT = "count"  # an int from 1 on, of at most 15 digits
 KEYS = {"*": {"keytype": str, "scheme": str, "keyval": {"public": str}}}
 WHO = {"keyids": [str], "threshold": COUNT}
-LISTED = {"version": COUNT, "length?": COUNT, "hashes?": {"sha256": str}}
+ONLY = {"!": None}
+HASHES = {"sha256": str, **ONLY}
+LISTED = {"version": COUNT, "length?": COUNT, "hashes?": HASHES}
 COMMON = {"_type": str, "spec_version": str, "version": COUNT, "expires": str}
 SHAPES: Dict[str, Json] = {
-    "root": {"keys": KEYS, "roles": dict.fromkeys(TOP_ROLES, WHO), "consistent_snapshot?": bool},
-    "timestamp": {"meta": {"snapshot.json": LISTED}, SIGNED_AT + "?": str},
+    "root": {"keys": KEYS, "roles": dict(dict.fromkeys(TOP_ROLES, WHO), **ONLY), "consistent_snapshot?": bool},
+    "timestamp": {"meta": {"snapshot.json": LISTED, **ONLY}, SIGNED_AT + "?": str},
     "snapshot": {"meta": {"*": LISTED}},
     "targets": {
-        "targets": {"*": {"length": int, "hashes": {"sha256": str}, "custom?": dict}},
+        "targets": {"*": {"length": int, "hashes": HASHES, "custom?": dict}},
         "delegations?": {
             "keys": KEYS,
             "roles": [{"name": str, "keyids": [str], "threshold": COUNT, "terminating": bool, "paths": [str]}],
@@ -306,7 +316,10 @@ SHAPES: Dict[str, Json] = {
 
 
 def _shape(value: Any, shape: Any, where: str) -> None:
-    """Raises Untrusted unless `value` is of a shape: a type, COUNT, [shape of each], {key: shape}; ?: optional."""
+    """Raises Untrusted unless `value` is of a shape: a type, COUNT, [shape of each], {key: shape}.
+
+    A key with ? is optional, * stands for any, and ! says that there are no others.
+    """
     if not _fits(value, shape):
         raise Untrusted("malformed", "%.160s is %.60r" % (where, value))
     if isinstance(shape, list):
@@ -315,7 +328,11 @@ def _shape(value: Any, shape: Any, where: str) -> None:
     elif isinstance(shape, dict):
         for name, inner in shape.items():
             key = name.rstrip("?")
-            if name == "*":
+            if name == "!":
+                others = [each for each in value if each not in shape]
+                if others:
+                    raise Untrusted("malformed", "%.160s has %.60r" % (where, others[0]))
+            elif name == "*":
                 for each in value.values():
                     _shape(each, inner, where)
             elif key in value:
