@@ -56,6 +56,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.coding
 	$(BIN)/python -m benchmarks.regression_gate
 	$(BIN)/python -m benchmarks.disturbances --output docs/benchmarks/disturbances.md
+	$(BIN)/python -m benchmarks.fleet --output docs/benchmarks/fleet.md
 
 golden: $(READY)
 	$(PYTEST) tests/unit/test_golden_plans.py --rewrite-golden

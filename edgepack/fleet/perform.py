@@ -27,6 +27,8 @@ TICK_S = 0.2
 BUSY_WAIT_S = 2.0
 BUSY_TRIES = 90
 """An installer whose operator was killed goes on by itself: so long is it waited for."""
+UNKNOWN = ("storage", "internal")
+"""Kinds of failure after which something may have been changed (device/releases.py, Refused)."""
 
 
 @dataclass(slots=True)
@@ -73,17 +75,32 @@ class Unfit(DeviceError):
 
 
 def install_on(field: Field, name: str, work: Work) -> Report:
-    """Bring the release to one device, or find that it is there. What went wrong is in the report."""
-    ratios: list[float] = []
+    """Bring the release to one device, or find that it is there. What went wrong is in the report.
+
+    A device has all of a release or none: where one product fails, those that were installed before it go back too.
+    """
 
     def act(installer: Installer, transport: Transport, status: Status) -> Report:
+        ratios: list[float] = []
+        brought: list[str] = []
         for packed in field.bundles(name, status.os):
-            done = _install(field, packed, installer, transport, root=field.root(name), work=work)
+            try:
+                done = _install(field, packed, installer, transport, root=field.root(name), work=work)
+            except InstallerError as error:
+                done = Done(outcome="refused", stage=error.kind_there, reason=str(error), proof=None)
             if done.outcome not in ("installed", "already"):
-                return Report(state="failed", stage=done.stage, reason=done.reason)
+                stays = [stay for product in brought if (stay := _go_back(installer, product))]
+                return Report(
+                    state="failed",
+                    stage=done.stage,
+                    reason="; ".join([done.reason, *stays]),
+                    may_have=bool(stays) or done.stage in UNKNOWN,
+                )
+            if done.outcome == "installed" or _brought_by(field, packed, status):
+                brought.append(packed.product)
             if done.proof and isinstance(ratio := done.proof.get("latency_ratio"), float):
                 ratios.append(ratio)
-        return Report(state="installed", p90_ratio=max(ratios, default=None))
+        return Report(state="installed", p90_ratio=max(ratios, default=None), may_have=True)
 
     return _visit(field, name, work, act)
 
@@ -94,21 +111,33 @@ def take_back_on(field: Field, name: str, work: Work) -> Report:
     def act(installer: Installer, _: Transport, status: Status) -> Report:
         stays: list[str] = []
         for packed in field.bundles(name, status.os):
-            state = status.products.get(packed.product)
-            if state is None or state.confirmed is None or state.confirmed.id != packed.digest:
-                continue
-            try:
-                done = installer.rollback(packed.product)
-            except InstallerError as error:
-                if error.kind_there not in ("missing", "older"):
-                    raise
-                stays.append(str(error))
-                continue
-            if done.outcome != "installed":
-                stays.append(f"{packed.product}: {done.stage}: {done.reason}")
-        return Report(state="rolled back", reason="; ".join(stays), stage="stays" if stays else "")
+            if _brought_by(field, packed, status) and (stay := _go_back(installer, packed.product)):
+                stays.append(stay)
+        return Report(
+            state="rolled back", reason="; ".join(stays), stage="stays" if stays else "", may_have=bool(stays)
+        )
 
-    return _visit(field, name, work, act)
+    report = _visit(field, name, work, act)
+    return replace(report, may_have=True) if report.state == "failed" else report
+
+
+def _brought_by(field: Field, packed: Packed, status: Status) -> bool:
+    """Whether the device had a bundle from this release, and not from one before that has the same."""
+    product = status.products.get(packed.product)
+    confirmed = None if product is None else product.confirmed
+    sequence = field.release.file.sequences[packed.product]
+    return confirmed is not None and (confirmed.id, confirmed.sequence) == (packed.digest, sequence)
+
+
+def _go_back(installer: Installer, product: str) -> str:
+    """To the release before; gives why it stays, or nothing."""
+    try:
+        done = installer.rollback(product)
+    except InstallerError as error:
+        if error.kind_there not in ("missing", "older"):
+            raise
+        return str(error)
+    return "" if done.outcome == "installed" else f"{product}: {done.stage}: {done.reason}"
 
 
 def _visit(field: Field, name: str, work: Work, act: Callable[[Installer, Transport, Status], Report]) -> Report:
@@ -123,9 +152,10 @@ def _visit(field: Field, name: str, work: Work, act: Callable[[Installer, Transp
     except (Unfit, VerificationError) as error:
         return Report(state="failed", stage="unsuitable", reason=str(error))
     except InstallerError as error:
-        return Report(state="failed", stage=error.kind_there, reason=str(error))
+        unknown = error.kind_there in UNKNOWN
+        return Report(state="failed", stage=error.kind_there, reason=str(error), may_have=unknown)
     except DeviceError as error:
-        return Report(state="unreachable", stage="connection", reason=str(error))
+        return Report(state="unreachable", stage="connection", reason=str(error), may_have=True)
     except EdgepackError as error:
         return Report(state="failed", stage=error.kind, reason=str(error))
 
@@ -231,7 +261,7 @@ def run_rollout(
     said: dict[str, str] = {}
 
     def start(name: str, act: Act) -> None:
-        reports[name] = replace(reports[name], state="busy")
+        reports[name] = replace(reports[name], state="busy", may_have=True)
         ledger.report(name, reports[name])
         audit("roll back" if act is take_back else "install", device=name, release=field.plan.release)
         at_work[name] = Work()

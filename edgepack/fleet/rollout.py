@@ -35,6 +35,8 @@ class Report:
     """Over the release before it there."""
     sent_bytes: int = 0
     """Of the release, to this device, in all attempts."""
+    may_have: bool = False
+    """Whether the release may be on it: since it was begun, and until it is known to have failed or gone back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def next_action(
         lanes[target] = lane
         busy = busy or lane.counts["busy"] > 0
         if lane.state == "aborted":
-            take_back += [name for wave in waves for name in wave if reports[name].state == "installed"]
+            take_back += [name for wave in waves for name in wave if _goes_back(reports[name])]
         elif lane.state == "running":
             ready = [name for name in waves[lane.wave] if reports[name].state == "waiting"]
             open_later = open_later or bool(ready)
@@ -104,6 +106,11 @@ def next_action(
         lanes=lanes,
         finished=not (busy or open_later or take_back),
     )
+
+
+def _goes_back(report: Report) -> bool:
+    """Also where it waits: an operator was killed, or the connection was lost, while it was installed or went back."""
+    return report.may_have and report.state in ("installed", "waiting")
 
 
 def view(policy: Waves, waves: Sequence[Sequence[str]], reports: Mapping[str, Report], word: Word) -> Lane:

@@ -93,10 +93,9 @@ def require_rolled_out(plan: Plan, lanes: Mapping[str, Lane], reports: Mapping[s
 
 def require_rolled_back(plan: Plan, reports: Mapping[str, Report]) -> None:
     """Raises DeviceError where a device may still have the release."""
-    left = sorted(name for name, each in reports.items() if each.state in ("installed", "unreachable", "failed"))
-    stays = sorted(name for name, each in reports.items() if each.stage == "stays")
-    if left or stays:
-        raise DeviceError(f"{plan.release}: not gone back, or not known to be: {', '.join(left + stays)}")
+    left = sorted(name for name, each in reports.items() if each.may_have)
+    if left:
+        raise DeviceError(f"{plan.release}: not gone back, or not known to be: {', '.join(left)}")
 
 
 def _row(target: str, lane: Lane) -> tuple[str, ...]:

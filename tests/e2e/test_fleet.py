@@ -6,12 +6,14 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edgepack.bundle.bundle import Bundle
 from tests.support.fleet import Bench, Place, changed, servers
-from tests.support.runtime import expected, feeds
+from tests.support.runtime import expected, feeds, make_bundle
 
 pytestmark = pytest.mark.full
 NAMES = ("kitchen", "hall")
@@ -54,9 +56,20 @@ def test_a_good_release_reaches_all_and_a_bad_one_stops_at_its_canary_and_is_tak
     code, document = bench("rollback", third, "--json")
     assert (code, {each["state"] for each in document["devices"]}) == (0, {"rolled back"})
     assert {name: bench.places[name].current() for name in NAMES} == good
-    acts = [each["act"] for each in bench.acts()]
+    said = bench.acts()
+    assert all(each["who"] and each["at"] for each in said)
+    found = [each for each in said if each["act"] == "outcome" and each["release"] == "small-1"]
+    assert {(each["device"], each["state"]) for each in found} == {(name, "installed") for name in NAMES}
+    assert all(each["sent_bytes"] > 10_000_000 for each in found)  # the runtime's wheels
+    acts = [each["act"] for each in said]
     assert acts[:4] == ["init", "provision", "provision", "pack"]
     assert acts.count("roll back") == 2
+    assert {"rollout", "lane", "install", "abort"} < set(acts)
+    code, document = bench("report", third, "-o", "rollout.html", "--json")
+    assert code == 0
+    page = Path("rollout.html").read_text()
+    assert document == {"path": "rollout.html", "bytes": len(page.encode()), "release": "small-3"}
+    assert "2 devices, wave by wave" in page
 
 
 def plan_order(bench: Bench, release: str) -> list[str]:
@@ -87,3 +100,32 @@ def test_a_device_whose_host_key_changed_is_not_talked_to(bench: Bench) -> None:
     assert {each["state"] for each in document["devices"]} == {"unreachable"}
     assert all("HOST KEY HAS CHANGED" in each["reason"] for each in document["devices"])
     assert not any((bench.folder / name / "products").exists() for name in NAMES)
+
+
+def test_a_device_has_all_of_a_release_or_none_and_keeps_what_another_release_brought(bench: Bench) -> None:
+    folder, place = bench.folder, bench.places["hall"]
+    assert bench("init", "--product", "large")[0] == 0
+    inventory = str(bench.inventory("hall.toml", "hall"))
+
+    def rollout(release: str, verb: str = "rollout") -> int:
+        return bench(verb, release, "--inventory", inventory, "--json")[0]
+
+    def found() -> tuple[str, str]:
+        links = [(place.root / "products" / name / "current").readlink().name for name in ("large", "small")]
+        return links[0], links[1]
+
+    def made(number: int, name: str, **options: Any) -> Bundle:
+        return make_bundle(folder / f"{name}-{number}", name=name, **options)
+
+    large = made(1, "large")
+    assert rollout(bench.pack(1, large, made(1, "small"))) == 0
+    first = found()
+    wrong = {"file": -expected(feeds(3))["file"] - 1}
+    half = bench.pack(2, made(2, "large", **changed(2)), made(2, "small", golden=wrong))
+    assert rollout(half) == 5
+    assert found() == first  # the large one was good, and went back with the small one
+    same = bench.pack(3, large, made(3, "small", **changed(3)))
+    assert rollout(same) == 0
+    assert (found()[0], found()[1] == first[1]) == (first[0], False)
+    assert rollout(same, "rollback") == 0
+    assert found() == first  # release 3 did not bring the large one

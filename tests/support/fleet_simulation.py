@@ -51,9 +51,10 @@ def simulate(plan: Plan, rate: float, seed: int, *, at_once: int) -> Rollout:
         action = next_action(plan, reports, {TARGET: word}, room=at_once)
         for name in action.begin:
             begun += 1
-            reports[name] = Report(state="failed" if chance.random() < rate else "installed")
+            fails = chance.random() < rate
+            reports[name] = Report(state="failed" if fails else "installed", may_have=not fails)
         for name in action.take_back:
-            reports[name] = replace(reports[name], state="rolled back")
+            reports[name] = replace(reports[name], state="rolled back", may_have=False)
         if not action.finished:
             continue
         lane = action.lanes[TARGET]

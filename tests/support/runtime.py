@@ -106,6 +106,7 @@ def make_bundle(
     evidence: bytes | None = None,
     changes: Mapping[str, Mapping[str, object]] | None = None,
     runner: Path = RUNNER_PATH,
+    name: str = "small",
 ) -> Bundle:
     """A whole bundle of the small model for this machine, with the real onnxruntime unless `wheels` are given.
 
@@ -126,7 +127,7 @@ def make_bundle(
     )
     entries = file_entries(parts.contents())
     table: dict[str, Any] = {
-        "name": "small",
+        "name": name,
         "edgepack": "0",
         "target": {
             "name": "here",
@@ -171,4 +172,4 @@ def make_bundle(
     for part, change in (changes or {}).items():
         table[part] |= change
     manifest = Manifest.model_validate(json.loads(json.dumps(table)))
-    return write_bundle(folder / "small-here.edgepack", manifest, parts)
+    return write_bundle(folder / f"{name}-here.edgepack", manifest, parts)

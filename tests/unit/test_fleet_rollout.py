@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from datetime import time
 
 import pytest
 
-from edgepack.fleet.perform import in_quiet_hours
+from edgepack.fleet.perform import Work, in_quiet_hours
 from edgepack.fleet.plan import cut, mix
 from edgepack.fleet.rollout import Report, Word, next_action, view, wilson
+from edgepack.report.fleet import Live
 from edgepack.spec.fleet import Waves
 from tests.support.fleet_simulation import simulate, simulated_plan
 
@@ -94,3 +97,24 @@ def test_a_release_that_fails_on_fewer_than_may_fail_reaches_all_unless_its_cana
     for seed in range(40):
         found = simulate(made, 0.005, seed, at_once=256)
         assert (found.end, found.exposed) == ("done", 2000)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_who_watches_sees_waves_devices_bytes_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, screen = simulated_plan(4), Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    reports = dict.fromkeys(made.devices, Report()) | {
+        "d0": Report(state="installed", sent_bytes=2 << 20),
+        "d1": Report(state="failed", stage="health"),
+        "d2": Report(state="busy"),
+    }
+    with Live(made) as live:
+        live.show(next_action(made, reports, {}, room=0), reports, {"d2": Work(stage="receiving", sent_bytes=1 << 20)})
+    for text in ("p-1: 3.00 MiB sent of", "2 of 2", "receiving, 1.00 MiB sent", "failed: health", "aborted"):
+        assert text in screen.getvalue()
