@@ -43,6 +43,8 @@ from tests.support.fleet_simulation import Rollout, simulate, simulated_plan
 
 GOAL_A_MINUTE = 300
 SERVERS, AT_ONCE = 4, 8
+WITH_PROOF = 30
+"""Devices: each unpacks a runtime of its own, 60 MB."""
 MODEL_BYTES = 1 << 20
 DEVICES = 100_000
 SIMULATED_AT_ONCE = 256
@@ -92,12 +94,12 @@ def fleet(folder: Path, devices: int) -> Iterator[Bench]:
         yield bench
 
 
-def push(bench: Bench, release: str, what: str) -> Pushed:
-    home = Home(bench.folder / "fleet")
-    opened, inventory = load_release(Path(release)), load_inventory(Path("devices.toml"))
+def push(bench: Bench, release: str, what: str, devices: int) -> Pushed:
+    home, file = Home(bench.folder / "fleet"), bench.inventory("devices.toml", *list(bench.places)[:devices])
+    opened, inventory = load_release(Path(release)), load_inventory(file)
     targets = {name: device.target for name, device in inventory.devices.items()}
     plan = make_plan(opened.file, opened.digest, inventory.devices, targets, home.fleet().waves)
-    field = Field(release=opened, plan=plan, devices=inventory.devices, inventory=Path("devices.toml"))
+    field = Field(release=opened, plan=plan, devices=inventory.devices, inventory=file)
     with home.ledger(opened) as ledger:
         ledger.begin(plan)
         begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
@@ -121,14 +123,14 @@ def pushes(devices: int) -> list[Pushed]:
         prompt: dict[str, Any] = {"runner": runner, "wheels": (wheel,)}
         found = []
         with fleet(folder, devices) as bench:
-            for number, options, what in (
-                (1, prompt, ""),
-                (2, prompt, "operator, SSH and installer"),
-                (3, {}, ""),
-                (4, {}, "with the proof, on the same processors"),
+            for number, options, what, count in (
+                (1, prompt, "", devices),
+                (2, prompt, "operator, SSH and installer", devices),
+                (3, {}, "", min(devices, WITH_PROOF)),
+                (4, {}, "with the proof, on the same processors", min(devices, WITH_PROOF)),
             ):
                 evidence = os.urandom(MODEL_BYTES)
-                done = push(bench, bench.pack(number, evidence=evidence, **options), what)
+                done = push(bench, bench.pack(number, evidence=evidence, **options), what, count)
                 found += [done] if what else []
         return found
 

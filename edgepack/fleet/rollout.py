@@ -110,7 +110,7 @@ def next_action(
 
 def _goes_back(report: Report) -> bool:
     """Also where it waits: an operator was killed, or the connection was lost, while it was installed or went back."""
-    return report.may_have and report.state in ("installed", "waiting")
+    return report.state == "installed" or (report.may_have and report.state == "waiting")
 
 
 def view(policy: Waves, waves: Sequence[Sequence[str]], reports: Mapping[str, Report], word: Word) -> Lane:
