@@ -105,12 +105,15 @@ class Bench:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sshd]]:
-    """So many SSH servers, whose keys the user's home below `folder` knows."""
+def servers(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch, *, settings: str = "") -> Iterator[list[Sshd]]:
+    """So many SSH servers, whose keys the user's home below `folder` knows; `settings`: more lines of sshd_config."""
     home = folder / "home"
     (home / ".ssh").mkdir(parents=True)
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(running_sshd(folder / f"sshd-{number}")) for number in range(1, count + 1)]
+        found = [
+            stack.enter_context(running_sshd(folder / f"sshd-{number}", settings=settings))
+            for number in range(1, count + 1)
+        ]
         (home / ".ssh/known_hosts").write_text("".join(each.known_hosts.read_text() for each in found))
         monkeypatch.setenv("EDGEPACK_CACHE", str(cache_folder()))  # not below the home of the test
         monkeypatch.setenv("HOME", str(home))
