@@ -118,7 +118,8 @@ def test_a_device_that_dies_in_the_middle_of_a_phase_gets_there_when_it_is_back(
         (product / hold).touch()
 
     def hooked(what: str) -> bool:
-        return (product / "hooks.log").read_text().splitlines()[-1].startswith(f"{what} ") and pending()
+        last, release = (product / "hooks.log").read_text().splitlines()[-1].split()
+        return last == what and release != old
 
     def pending() -> bool:
         return place.state()["pending"] is not None
