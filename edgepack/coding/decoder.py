@@ -191,12 +191,14 @@ class _Lanes:
 
 def _slots(tables: NDArray[np.int64]) -> Tuple[Bytes, NDArray[np.uint32], NDArray[np.uint32]]:
     """By context and slot: the symbol, its frequency, and what is added to frequency times state."""
-    counts = tables.astype(np.intp)  # repeat takes no int64 on a 32-bit machine
-    symbols = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8), each) for each in counts])
-    contexts = np.repeat(np.arange(len(tables)), TOTAL)
-    before = np.cumsum(tables, axis=1) - tables
-    offset = np.tile(np.arange(TOTAL), len(tables)) - before[contexts, symbols]
-    return symbols, tables[contexts, symbols].astype(np.uint32), offset.astype(np.uint32)
+    symbols = np.empty(len(tables) * TOTAL, np.uint8)
+    factors, offsets = (np.empty(len(symbols), np.uint32) for _ in range(2))
+    for place, table in enumerate(tables):  # one at a time: what is wide in between is then that of one table
+        here = slice(place * TOTAL, (place + 1) * TOTAL)
+        found = np.repeat(np.arange(256, dtype=np.uint8), table.astype(np.intp))  # no int64 on a 32-bit machine
+        symbols[here], factors[here] = found, table[found]
+        offsets[here] = np.arange(TOTAL) - (np.cumsum(table) - table)[found]
+    return symbols, factors, offsets
 
 
 # A stream of planes.

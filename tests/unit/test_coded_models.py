@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +17,7 @@ from onnx import TensorProto
 from edgepack.coding.files import DECODER_PATH, code_file, expand_file
 from edgepack.coding.onnx_pieces import onnx_pieces
 from edgepack.coding.openvino_pieces import openvino_pieces
-from edgepack.errors import UnsupportedError
+from edgepack.errors import EdgepackError, UnsupportedError
 from edgepack.graph.npz import npz_bytes
 from edgepack.passes.code import Code
 from edgepack.passes.contract import PassContext
@@ -86,6 +90,46 @@ def test_a_coded_model_that_is_damaged_or_cut_is_refused(
     with pytest.raises(RunnerError, match=message) as caught:
         sqnr_db(runner, model, tmp_path)
     assert caught.value.failure == "corrupt"
+
+
+STALL = """
+def _stalled(self, count, tables):
+    import time
+    with open({marker!r}, "w"):
+        time.sleep(600)
+_Lanes.plane = _stalled
+"""
+"""Behind the decoder's own source: it says when it has begun, and goes no further."""
+
+
+def test_who_is_killed_while_a_model_is_expanded_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = coded_ref(model_ref(save_model(tmp_path / "model.onnx")), ("model",), tmp_path)
+    assert model.coded is not None
+    marker, stalling = tmp_path / "begun", tmp_path / "stalling.py"
+    source = DECODER_PATH.read_text(encoding="utf-8")
+    stalling.write_text(source + STALL.format(marker=str(marker)), encoding="utf-8")
+    with start_runner(tmp_path) as client:
+        client.probe()
+        before = set(tmp_path.iterdir())
+        pid = client.probe().pid
+        killer = threading.Thread(target=kill_once, args=(pid, marker))
+        killer.start()
+        with pytest.raises(EdgepackError):
+            sqnr_db(client, replace(model, coded=replace(model.coded, decoder=str(stalling))), tmp_path)
+        killer.join()
+    assert marker.exists()
+    left = {path.name for path in set(tmp_path.iterdir()) - before}
+    assert left - {"inputs.npz", "outputs.npz"} - {".cache", "__pycache__"} == {marker.name}  # onnxruntime's, Python's
+    with start_runner(tmp_path) as client:
+        assert sqnr_db(client, model, tmp_path) > 100
+
+
+def kill_once(pid: int, marker: Path) -> None:
+    """Kill a process with SIGKILL as soon as the marker is there."""
+    deadline = time.monotonic() + 60
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_whole_coded_model_that_is_another_one_is_refused(runner: RunnerClient, tmp_path: Path) -> None:
