@@ -105,7 +105,7 @@ else:
     def work():
         with tempfile.TemporaryDirectory() as name:
             context = PassContext(activations=None, tool=None, feed_files=None, folder=pathlib.Path(name))
-            Code().apply(files, {}, context)
+            Code().apply(files, {"coding": "entropy"}, context)
 first = grown(work)
 print(json.dumps({"mib": first, "s": min(seconds(work) for _ in range(3))}))
 """

@@ -33,7 +33,7 @@ from edgepack.build.execute import Workbench
 from edgepack.build.inputs import OpenProject, open_project
 from edgepack.bundle.bundle import open_bundle
 from edgepack.bundle.pack import stack
-from edgepack.coding.files import SUFFIX
+from edgepack.coding.files import plain_name
 from edgepack.graph.load import read_model, serialise
 from edgepack.graph.npz import npz_bytes
 from edgepack.graph.shapes import fix_dimensions
@@ -193,9 +193,9 @@ def edgepack_row(arena: Arena, name: str, arguments: tuple[str, ...], target: st
     manifest = bundle.manifest
     files, coded = {}, {}
     for role, path in manifest.model.files.items():
-        files[role] = output / "plain" / Path(path).name.removesuffix(SUFFIX)
+        files[role] = output / "plain" / Path(plain_name(path)).name
         write_atomic(files[role], bundle.model_content(role))
-        if path.endswith(SUFFIX):
+        if plain_name(path) != path:
             coded[role] = bundle.extract(path, output)
     passes = f"{document['bundles'][0]['candidate']}: {', '.join(each.name for each in manifest.passes)}"
     options = manifest.runtime.options

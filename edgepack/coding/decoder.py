@@ -1,12 +1,13 @@
 """Expands a coded file: docs/coding.md from top to bottom, in numpy and the standard library.
 
 Everything that decoding needs stands in this one file, for Python 3.9 and newer: it travels in bundles, and the runner
-on the device loads it beside the file that it expands. The encoder (files.py, stream.py, tables.py, rans.py) imports
-from here what both must do alike.
+on the device loads it beside the file that it expands. For a file that zstd made it asks the system's libzstd. The
+encoder (files.py, stream.py, tables.py, rans.py) imports from here what both must do alike.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import lzma
 import zlib
@@ -22,6 +23,10 @@ Table = NDArray[np.int64]
 
 class DamagedError(Exception):
     """What was read is not what an encoder wrote: damaged, cut, too large, or of another version."""
+
+
+class LackingError(Exception):
+    """This machine has not what expanding needs."""
 
 
 # Numbers of variable length, and a reader that never reads past the end.
@@ -305,10 +310,12 @@ HIGHEST_DICTIONARY = 1 << 26
 
 
 def expand(data: bytes, max_bytes: int) -> bytes:
-    """The file as it was, byte for byte. Raises DamagedError where `data` is damaged, cut, or holds more.
+    """The file as it was, byte for byte. Raises DamagedError where `data` is damaged, cut, or holds more, LackingError.
 
     Takes some 4 times the file's size in memory.
     """
+    if data[: len(ZSTD_MAGIC)] == ZSTD_MAGIC:
+        return _from_zstd(data, max_bytes)
     reader = ByteReader(data)
     if reader.take(len(MAGIC)) != MAGIC:
         raise DamagedError("not a coded file of this version")
@@ -337,6 +344,29 @@ def expand(data: bytes, max_bytes: int) -> bytes:
     if reader.left or hashlib.sha256(found).digest()[:DIGEST_BYTES] != digest:
         raise DamagedError("what was expanded is not what was coded; the file is damaged")
     return found
+
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1
+ZSTD_LIBRARY = "libzstd.so.1"
+
+
+def _from_zstd(data: bytes, max_bytes: int) -> bytes:
+    """By the system's library, in one call: what is expanded is its window, so memory is bounded by `max_bytes`."""
+    try:
+        library = ctypes.CDLL(ZSTD_LIBRARY)
+    except OSError as error:
+        raise LackingError(
+            "%s is not there, which a model stored by zstd needs: apt install libzstd1, or build with "
+            'coding = "entropy"' % ZSTD_LIBRARY
+        ) from error
+    decompress, is_error = library.ZSTD_decompress, library.ZSTD_isError  # stable in zstd.h since 1.0
+    decompress.restype, is_error.argtypes = ctypes.c_size_t, [ctypes.c_size_t]
+    decompress.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+    out = ctypes.create_string_buffer(max(max_bytes, 1))
+    size = decompress(out, max_bytes, data, len(data))
+    if is_error(size):
+        raise DamagedError("zstd cannot expand it to at most %d bytes; the file is damaged" % max_bytes)
+    return out.raw[:size]
 
 
 def filters(setting: int, size: int) -> List[Dict[str, int]]:

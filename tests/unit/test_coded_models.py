@@ -12,12 +12,13 @@ from pathlib import Path
 
 import onnx
 import pytest
+import zstandard
 from onnx import TensorProto
 
-from edgepack.coding.files import DECODER_PATH, code_file, expand_file
+from edgepack.coding.files import DECODER_PATH, code_file, expand_file, zstd_file
 from edgepack.coding.onnx_pieces import onnx_pieces
 from edgepack.coding.openvino_pieces import openvino_pieces
-from edgepack.errors import EdgepackError, UnsupportedError
+from edgepack.errors import EdgepackError, UnsupportedError, VerificationError
 from edgepack.graph.npz import npz_bytes
 from edgepack.passes.code import Code
 from edgepack.passes.contract import PassContext
@@ -70,6 +71,51 @@ def test_openvino_loads_coded_weights_and_a_coded_graph(runner: RunnerClient, tm
     model = coded_ref(model_ref(save_ir(tmp_path / "model.xml"), "openvino"), ("model", "weights"), tmp_path)
     assert sqnr_db(runner, model, tmp_path) > 100
     assert runner.kernels(model).nodes
+
+
+def zstd_ref(folder: Path) -> ModelRef:
+    """A model that was stored by plain zstd."""
+    model = coded_ref(model_ref(save_model(folder / "model.onnx")), ("model",), folder)
+    assert model.coded is not None
+    content = expand_file(Path(model.files["model"]).read_bytes(), "m", max_bytes=model.coded.files["model"].bytes)
+    path = folder / "model.onnx.zst"
+    path.write_bytes(zstd_file(content))
+    return replace(model, files={"model": str(path)})
+
+
+def test_onnxruntime_loads_a_model_stored_by_zstd_and_refuses_a_damaged_one(
+    runner: RunnerClient, tmp_path: Path
+) -> None:
+    model = zstd_ref(tmp_path)
+    assert sqnr_db(runner, model, tmp_path) > 100
+    path = Path(model.files["model"])
+    whole = path.read_bytes()
+    for place in range(5, len(whole), 61):  # a bit of byte 4 is free (RFC 8878, section 3.1.1.1)
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(RunnerError) as caught:
+            sqnr_db(runner, model, tmp_path)
+        assert caught.value.failure == "corrupt"
+    path.write_bytes(whole[:-9])
+    with pytest.raises(RunnerError, match="zstd cannot expand it"):
+        sqnr_db(runner, model, tmp_path)
+    path.write_bytes(whole)
+    assert model.coded is not None
+    small = {"model": replace(model.coded.files["model"], bytes=100)}
+    with pytest.raises(RunnerError, match="to at most 100 bytes"):
+        sqnr_db(runner, replace(model, coded=replace(model.coded, files=small)), tmp_path)
+
+
+def test_a_device_without_libzstd_says_what_it_lacks(runner: RunnerClient, tmp_path: Path) -> None:
+    model = zstd_ref(tmp_path)
+    assert model.coded is not None
+    other = tmp_path / "decoder.py"
+    source = DECODER_PATH.read_text(encoding="utf-8")
+    other.write_text(source.replace('"libzstd.so.1"', '"libnone.so.1"'), encoding="utf-8")
+    with pytest.raises(RunnerError, match=r"libnone\.so\.1 is not there.*apt install libzstd1") as caught:
+        sqnr_db(runner, replace(model, coded=replace(model.coded, decoder=str(other))), tmp_path)
+    assert caught.value.failure == "missing"
 
 
 @pytest.mark.parametrize(
@@ -154,12 +200,12 @@ def test_a_decoder_that_is_not_there_is_said_so(runner: RunnerClient, tmp_path: 
     assert caught.value.failure == "missing"
 
 
-def code(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+def code(files: dict[str, Path], folder: Path, *, coding: str = "entropy") -> dict[str, Path]:
     def never(*_: object) -> object:
         raise AssertionError("coding asks for nothing")
 
     context = PassContext(activations=never, tool=never, feed_files=never, folder=folder)  # type: ignore[arg-type]
-    return Code().apply(files, {}, context)
+    return Code().apply(files, {"coding": coding}, context)
 
 
 def test_the_pass_keeps_the_model_and_puts_its_code_beside_it(tmp_path: Path) -> None:
@@ -171,6 +217,17 @@ def test_the_pass_keeps_the_model_and_puts_its_code_beside_it(tmp_path: Path) ->
     coded = after["coded-model"].read_bytes()
     assert len(coded) < len(after["model"].read_bytes())
     assert expand_file(coded, "m", max_bytes=10_000) == after["model"].read_bytes()
+
+
+def test_the_pass_stores_by_zstd_where_it_is_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    after = code({"model": save_model(tmp_path / "model.onnx")}, tmp_path / "out", coding="zstd")
+    stored = after["coded-model"]
+    assert stored.name == "model.onnx.zst"
+    assert zstandard.ZstdDecompressor().decompress(stored.read_bytes()) == after["model"].read_bytes()
+    assert expand_file(stored.read_bytes(), "m", max_bytes=10_000) == after["model"].read_bytes()
+    with pytest.raises(VerificationError, match="zstd cannot expand it"):
+        expand_file(stored.read_bytes()[:-1], "m", max_bytes=10_000)
 
 
 def test_what_coding_does_not_make_smaller_is_left_alone(tmp_path: Path) -> None:
