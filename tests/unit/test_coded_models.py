@@ -90,13 +90,18 @@ def test_onnxruntime_loads_a_model_stored_by_zstd_and_refuses_a_damaged_one(
     assert sqnr_db(runner, model, tmp_path) > 100
     path = Path(model.files["model"])
     whole = path.read_bytes()
-    for place in range(5, len(whole), 61):  # a bit of byte 4 is free (RFC 8878, section 3.1.1.1)
+    refused = 0
+    places = range(5, len(whole), 61)
+    for place in places:  # zstd has bits that say nothing: with them changed the same file comes out
         damaged = bytearray(whole)
         damaged[place] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(RunnerError) as caught:
-            sqnr_db(runner, model, tmp_path)
-        assert caught.value.failure == "corrupt"
+        try:
+            assert sqnr_db(runner, model, tmp_path) > 100
+        except RunnerError as error:
+            assert error.failure == "corrupt"
+            refused += 1
+    assert refused > 0.8 * len(places)
     path.write_bytes(whole[:-9])
     with pytest.raises(RunnerError, match="zstd cannot expand it"):
         sqnr_db(runner, model, tmp_path)
