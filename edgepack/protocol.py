@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import pydantic
 
@@ -284,6 +285,12 @@ class Restored:
 T = TypeVar("T")
 
 
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Made once: that takes longer than all else about an answer."""
+    return pydantic.TypeAdapter(kind)
+
+
 class Conversation:
     """Requests and answers, a line of JSON each, with a program on a device; a context manager that ends it.
 
@@ -330,8 +337,8 @@ class Conversation:
             while self._is_news(answer := self._read(where, self._channel.receive(timeout_s * self._patience))):
                 pass
             if answer.get("ok") is True:
-                adapter: pydantic.TypeAdapter[T] = pydantic.TypeAdapter(kind)
-                return adapter.validate_python(answer.get("result"))
+                result: T = _adapter(cast("Any", kind)).validate_python(answer.get("result"))
+                return result
         except pydantic.ValidationError as error:
             self.close()
             raise DeviceError(f"{where}: its answer has another form than expected: {error}") from error

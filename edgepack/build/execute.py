@@ -28,7 +28,7 @@ from edgepack.runtimes.converter import call_converter
 from edgepack.runtimes.environment import host_python
 from edgepack.runtimes.installation import require
 from edgepack.spec.toolchain import Pin, load_toolchain
-from edgepack.store import Json, StepRecord, Store, storage_errors
+from edgepack.store import Json, StepRecord, Store, digest_json, storage_errors
 from edgepack.transports.local import LocalTransport
 
 Say = Callable[[str], None]
@@ -98,17 +98,22 @@ def steps_taken(plan: BuildPlan, store: Store) -> tuple[Step, ...]:
 def run_step(step: Step, previous: StepRecord | None, opened: OpenProject, bench: Workbench) -> StepRecord:
     """Apply one pass and keep what it made."""
     each = PASSES[step.pass_name]
-    with bench.store.workspace() as folder:
+    with bench.store.workspace() as folder, Reference(opened, bench) as reference:
         before, after, feeds = (folder / name for name in ("before", "after", "feeds"))
         with storage_errors(folder):
             for part in (before, after, feeds):
                 part.mkdir()
-        files = _source(opened, before, bench) if previous is None else model_files(previous, bench.store, before)
+        files = (
+            _source(opened, before, bench, reference)
+            if previous is None
+            else model_files(previous, bench.store, before)
+        )
         context = PassContext(
-            activations=functools.partial(_activations, opened=opened, bench=bench),
+            activations=reference.activations,
             tool=lambda request: call_converter(each.toolchain or "", bench.lib(each.toolchain or ""), request),
             feed_files=lambda count: _feed_files(count, opened, feeds),
             folder=after,
+            remember=functools.partial(_remembered, step, bench.store),
         )
         started = time.monotonic()
         with storage_errors(after):
@@ -163,7 +168,7 @@ def coded_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Pat
     return {ROLES[path.with_suffix("").suffix]: path for path in found}
 
 
-def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Path]:
+def _source(opened: OpenProject, folder: Path, bench: Workbench, reference: Reference) -> dict[str, Path]:
     """The user's model with its external data taken in, as one file; one of TensorFlow proved before it is used."""
     path = folder / "model.onnx"
     model = read_model(opened.onnx_path).model
@@ -172,7 +177,7 @@ def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Pa
     if opened.onnx_path != opened.model_path:
         feeds = list(itertools.islice(opened.calibration.feeds(), PROVED_SAMPLES))
         names = [value.name for value in model.graph.output]
-        found = list(_activations(model, names, PROVED_SAMPLES, opened=opened, bench=bench))
+        found = list(reference.activations(model, names, PROVED_SAMPLES))
         prove(
             opened.model_path,
             opened.project.signature,
@@ -185,18 +190,47 @@ def _source(opened: OpenProject, folder: Path, bench: Workbench) -> dict[str, Pa
     return {"model": path}
 
 
-def _activations(
-    model: onnx.ModelProto, names: Sequence[str], count: int | None, *, opened: OpenProject, bench: Workbench
-) -> Iterator[Feed]:
-    """ONNX models are run in onnxruntime, whatever ships in the end: it is the reference of the format."""
-    from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
+def _remembered(step: Step, store: Store, key: Mapping[str, Json], make: Callable[[], Json]) -> Json:
+    name = digest_json({"key": {**key}, "tools": {**step.tools}, "calibration": step.calibration})
+    known = store.recall(name)
+    if known is None:
+        known = StepRecord(files={}, facts={"value": make()})
+        store.record(name, known)
+    return known.facts["value"]
 
-    with bench.store.workspace() as folder:
-        path = folder / "model.onnx"
+
+class Reference:
+    """onnxruntime, the reference of ONNX whatever ships in the end: started once a step, when it is first needed."""
+
+    def __init__(self, opened: OpenProject, bench: Workbench) -> None:
+        self._opened, self._bench = opened, bench
+        self._stack = contextlib.ExitStack()
+        self._started: tuple[RuntimeSession, Path] | None = None
+        self._count = 0
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def activations(self, model: onnx.ModelProto, names: Sequence[str], count: int | None) -> Iterator[Feed]:
+        """As passes take them; two models may be run side by side."""
+        from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
+
+        if self._started is None:
+            starting = self._bench.session("onnxruntime", None, ONNXRUNTIME_OPTIONS)
+            self._started = (
+                self._stack.enter_context(starting),
+                self._stack.enter_context(self._bench.store.workspace()),
+            )
+        session, folder = self._started
+        self._count += 1  # the runner keeps what it loaded by its path
+        path = folder / f"model-{self._count}.onnx"
         with storage_errors(path):
             path.write_bytes(serialise(model))
-        with bench.session("onnxruntime", None, ONNXRUNTIME_OPTIONS) as session:
-            yield from session.run({"model": path}, itertools.islice(opened.calibration.feeds(), count), names)
+        yield from session.run({"model": path}, itertools.islice(self._opened.calibration.feeds(), count), names)
+        path.unlink()
 
 
 def _feed_files(count: int, opened: OpenProject, folder: Path) -> list[Path]:

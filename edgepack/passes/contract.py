@@ -31,6 +31,16 @@ ToolCall = Callable[[Mapping[str, Json]], Mapping[str, Json]]
 """Sends a request to the pass's toolchain, which runs in an environment of its own; gives its answer."""
 
 
+Remember = Callable[[Mapping[str, Json], Callable[[], Json]], Json]
+"""What was computed under that key before, or is computed now: the key holds all that the result follows from but for
+the calibration data. What a pass measures of the model that it begins with serves all its settings."""
+
+
+def compute(key: Mapping[str, Json], make: Callable[[], Json]) -> Json:
+    """A `Remember` that remembers nothing."""
+    return make()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassContext:
     """What a pass may use besides the model."""
@@ -41,6 +51,7 @@ class PassContext:
     """Writes the first so many calibration samples, one .npz each, and gives their paths; for tools that read files."""
     folder: Path
     """An empty folder for the pass's own files, removed after it."""
+    remember: Remember = compute
 
 
 class Pass(Protocol):

@@ -40,7 +40,7 @@ __all__ = ["Gptq", "GptqParams", "quantise_weights", "weighted_nodes"]
 
 class Gptq:
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     title: ClassVar[str] = "weights as integers chosen against calibration data (GPTQ), biases corrected"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class Gptq:
         before = read_onnx(files)
         given = GptqParams.from_json(params)
         self._require(before, given)
-        after, weights = quantise_weights(before, given, context.activations)
+        after, weights = quantise_weights(before, given, context.activations, context.remember)
         self._ensure(before, after, weights, given)
         model, integers = context.folder / "model.onnx", context.folder / FILE_NAME
         model.write_bytes(serialise(after))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from edgepack.passes.contract import Activations
+from edgepack.passes.contract import Activations, Remember, compute
 from edgepack.passes.entropy_rounding import round_for_rate
 from edgepack.passes.gptq_core import (
     Rounded,
@@ -104,20 +104,21 @@ def weighted_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def quantise_weights(
-    model: onnx.ModelProto, params: GptqParams, activations: Activations
+    model: onnx.ModelProto, params: GptqParams, activations: Activations, remember: Remember = compute
 ) -> tuple[onnx.ModelProto, dict[str, IntegerWeight]]:
     """The model with q * scale as weights and corrected biases, and q and scale by node; `model` stays as it is.
 
     Raises InputError where an activation is not finite, or there are no calibration samples.
     """
-    sweep = GptqSweep(model, params, activations)
-    return sweep.run()
+    return GptqSweep(model, params, activations, remember).run()
 
 
 class GptqSweep:
     """One pass over the graph, and the integers so far."""
 
-    def __init__(self, model: onnx.ModelProto, params: GptqParams, activations: Activations) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, params: GptqParams, activations: Activations, remember: Remember
+    ) -> None:
         self.params = params
         nodes = {name: node for name, node in weighted_nodes(model).items() if params.bits_of(name) is not None}
         settings = SweepSettings(
@@ -131,6 +132,7 @@ class GptqSweep:
             seed=params.seed,
         )
         self.sweep = LayerSweep(model, nodes, settings, activations)
+        self.sensitivities = {} if params.bit_price is None else self.sweep.sensitivities(remember)
         self.weights = sum(self.sweep.weight(name).size for name in nodes)
 
     def run(self) -> tuple[onnx.ModelProto, dict[str, IntegerWeight]]:
@@ -164,7 +166,7 @@ class GptqSweep:
             target = corrected_target(weight, moments.second, moments.cross, ridge=ridge)
         if self.params.bit_price is None:
             return round_layer(target, factor(moments.second, damping=self.params.damping), bits)
-        sensitivity = self.sweep.sensitivity(name, moments)
+        sensitivity = self.sensitivities[name]
         if sensitivity is None:
             return round_plainly(weight, bits)
         feedback = factor(moments.second, damping=self.params.damping)

@@ -11,7 +11,7 @@ A stage holds at most ceil(layers / stages) layers, and no more second moments t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx
@@ -22,12 +22,13 @@ from edgepack.errors import InputError
 from edgepack.graph.extract import extract
 from edgepack.graph.index import GraphIndex, reads
 from edgepack.graph.inference import infer_shapes
-from edgepack.passes.contract import Activations
+from edgepack.graph.load import serialise
+from edgepack.passes.contract import Activations, Remember
 from edgepack.passes.gptq_core import factor, layer_cost, round_at, search_scales
 from edgepack.passes.layer_rows import LayerMatrix, Matrix, RowProbe, layer_matrix, row_probe, static_shapes
 from edgepack.passes.row_moments import Moments, MomentStream, Rows
 from edgepack.passes.sensitivity import OutputError
-from edgepack.store import Json
+from edgepack.store import Json, digest_bytes
 
 PROBE_TOP = 3  # integers of the coarse rounding by which a sensitivity is measured: about as coarse as what comes out
 GROUPED_SHARE = 4  # a depthwise kernel has some ten columns: a quarter of the rows says all about them
@@ -97,7 +98,6 @@ class LayerSweep:
         self.current = onnx.ModelProto()
         self.current.CopyFrom(model)
         self.changed = False
-        self.output_error: OutputError | None = None
         self.layers = {
             name: layer_matrix(node, self.index.constants[node.input[1]].dims) for name, node in self.nodes.items()
         }
@@ -121,10 +121,36 @@ class LayerSweep:
     def constant(self, name: str) -> NDArray[np.float32]:
         return np.asarray(self.index.constant(name), np.float32)
 
-    def sensitivity(self, name: str, moments: Moments) -> float | None:
-        """Error at the outputs a unit of the layer's own; None where coarse rounding loses nothing of the layer."""
-        if self.output_error is None:
-            self.output_error = OutputError(self.float_model, self.activations, self.settings.sensitivity_samples)
+    def sensitivities(self, remember: Remember) -> dict[str, float | None]:
+        """Of each layer: error at the outputs a unit of the layer's own; None where it could not be measured, or coarse
+        rounding loses nothing of the layer. They follow from the float model alone, and few samples say enough.
+        """
+        settings = replace(self.settings, stages=1, samples=self._sensitivity_samples())
+        key: dict[str, Json] = {
+            "what": "sensitivities",
+            "version": 1,
+            "model": digest_bytes(serialise(self.float_model)),
+            "layers": list(self.layers),
+            "settings": dict[str, Json](asdict(settings)),
+        }
+
+        def measure() -> Json:
+            sweep = LayerSweep(self.float_model, self.nodes, settings, self.activations)
+            error = OutputError(self.float_model, self.activations, settings.samples or 0)
+            return {
+                name: None if moments is None else sweep._sensitivity(name, moments, error)
+                for name, moments in sweep.walk()
+            }
+
+        found = remember(key, measure)
+        assert isinstance(found, dict)
+        return {name: None if value is None else float(str(value)) for name, value in found.items()}
+
+    def _sensitivity_samples(self) -> int:
+        given = self.settings.samples
+        return min(self.settings.sensitivity_samples, given or self.settings.sensitivity_samples)
+
+    def _sensitivity(self, name: str, moments: Moments, error: OutputError) -> float | None:
         weight, feedback = self.weight(name), factor(moments.second, damping=self.settings.damping)
         scales = search_scales(weight, feedback, PROBE_TOP)
         coarse = round_at(weight, scales, PROBE_TOP)
@@ -137,7 +163,8 @@ class LayerSweep:
         if self.nodes[name].op_type != "MatMul":
             shift = np.einsum("goc,gc->go", weight - coarse.values, moments.mean + moments.mean_gap)
             self.correct_bias(probed, name, shift.reshape(-1))
-        return max(self.output_error(probed), float(np.finfo(np.float32).tiny)) / own
+        found = max(error(probed), float(np.finfo(np.float32).tiny)) / own
+        return found if np.isfinite(found) else None  # a detector may find another number of things
 
     def put(self, model: onnx.ModelProto, name: str, weight: NDArray[np.generic]) -> None:
         """Give a node of `model` another weight."""

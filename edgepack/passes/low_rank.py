@@ -23,7 +23,7 @@ from edgepack.graph.index import attributes, names
 from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
 from edgepack.passes.canonicalise import refuse_quantised
-from edgepack.passes.contract import PassContext, read_onnx, require_static_inputs, same_interface
+from edgepack.passes.contract import PassContext, Remember, read_onnx, require_static_inputs, same_interface
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix
 from edgepack.passes.layer_sweep import NARROWING, LayerSweep, read_narrowing, sweep_settings
@@ -63,7 +63,7 @@ class Factors:
 
 class LowRank:
     name: ClassVar[str] = "low-rank"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     title: ClassVar[str] = "layers as two of low rank, refitted"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -97,7 +97,7 @@ class LowRank:
     ) -> onnx.ModelProto:
         settings = sweep_settings(params, prefix=PREFIX, damping=DAMPING)
         sweep = LayerSweep(before, weighted_nodes(before), settings, context.activations)
-        factors, whole = _measure(sweep)
+        factors, whole = _measure(sweep, context.remember)
         usable = {name: each for name, each in factors.items() if each.ranks(multiple)}
         if not usable:
             raise UnsupportedError(
@@ -147,17 +147,18 @@ def choose_ranks(factors: Mapping[str, Factors], whole: float, share: float, mul
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _measure(sweep: LayerSweep) -> tuple[dict[str, Factors], float]:
+def _measure(sweep: LayerSweep, remember: Remember) -> tuple[dict[str, Factors], float]:
     """Factors of each layer that can have them, and the arithmetic of all."""
     found: dict[str, Factors] = {}
     whole = 0.0
+    sensitivities = sweep.sensitivities(remember)
     for name, moments in sweep.walk():
         node, layer = sweep.nodes[name], sweep.layers[name]
         macs = float(np.prod(sweep.shapes.get(node.output[0], (0,)))) * layer.columns
         whole += macs
         alone = len(sweep.index.readers[node.input[1]]) == 1
         if layer.groups == 1 and alone and macs and moments is not None and moments.cross is not None:
-            sensitivity = sweep.sensitivity(name, moments) or float(np.finfo(np.float32).tiny)
+            sensitivity = sensitivities[name] or float(np.finfo(np.float32).tiny)
             found[name] = factorise(sweep.weight(name)[0], moments.second[0], sensitivity, macs)
     return found, whole
 

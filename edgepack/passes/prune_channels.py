@@ -22,7 +22,7 @@ from edgepack.passes.canonicalise import refuse_quantised
 from edgepack.passes.channel_removal import cut_out, refit
 from edgepack.passes.channel_saliency import Order, Reader, removal_order
 from edgepack.passes.channel_sets import ChannelSets, Family, keep_mask
-from edgepack.passes.contract import PassContext, PassDefect, read_onnx, require_static_inputs, same_interface
+from edgepack.passes.contract import PassContext, PassDefect, Remember, read_onnx, require_static_inputs, same_interface
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix, layer_matrix, static_shapes
 from edgepack.passes.layer_sweep import NARROWING, LayerSweep, read_narrowing, sweep_settings
@@ -56,7 +56,7 @@ class _Choice:
 
 class PruneChannels:
     name: ClassVar[str] = "prune-channels"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     title: ClassVar[str] = "channels taken out, the layers behind them refitted"
     toolchain: ClassVar[str | None] = None
     uses_calibration: ClassVar[bool] = True
@@ -93,7 +93,7 @@ class PruneChannels:
         nodes = {n: node for n, node in weighted_nodes(before).items() if n in sets.readers or n in sets.depthwise}
         settings = sweep_settings(params, prefix=PREFIX, damping=DAMPING)
         sweep = LayerSweep(before, nodes, settings, context.activations)
-        choices = _choices(sets, sweep, multiple)
+        choices = _choices(sets, sweep, multiple, context.remember)
         if not choices:
             raise UnsupportedError(
                 f"model: has no channels that {self.name} could take out {multiple} at a time; "
@@ -138,17 +138,18 @@ def _removed(choices: Sequence[_Choice]) -> set[int]:
     return set[int]().union(*(each.removed for each in choices))
 
 
-def _choices(sets: ChannelSets, sweep: LayerSweep, multiple: int) -> list[_Choice]:
+def _choices(sets: ChannelSets, sweep: LayerSweep, multiple: int, remember: Remember) -> list[_Choice]:
     """Every family that is wide enough, and whose readers could all be measured."""
     families = [each for each in sets.families() if len(each.channels) > multiple]
     wanted = {name for family in families for name in family.readers}
     known: dict[str, tuple[Matrix, float]] = {}
+    sensitivities = sweep.sensitivities(remember)
     for name, moments in sweep.walk():
         if name in wanted and moments is not None and moments.cross is not None:
             second = moments.second[0]
             level = DAMPING * float(np.diagonal(second).mean())
             damped = second + (level if level > 0 else 1.0) * np.eye(len(second))
-            known[name] = damped, sweep.sensitivity(name, moments) or float(np.finfo(np.float32).tiny)
+            known[name] = damped, sensitivities[name] or float(np.finfo(np.float32).tiny)
     found = []
     for family in families:
         readers = [_reader(name, family, (sets, sweep), known[name]) for name in family.readers if name in known]

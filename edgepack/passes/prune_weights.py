@@ -32,7 +32,7 @@ from edgepack.passes.column_sweep import (
     replace_weight,
     settle_columns,
 )
-from edgepack.passes.contract import PassContext, PassDefect, read_onnx, require_static_inputs, same_interface
+from edgepack.passes.contract import PassContext, PassDefect, Remember, read_onnx, require_static_inputs, same_interface
 from edgepack.passes.gptq_core import Feedback, factor
 from edgepack.passes.gptq_sweep import weighted_nodes
 from edgepack.passes.layer_rows import Matrix
@@ -81,7 +81,7 @@ class PruneWeights:
         self, before: onnx.ModelProto, share: float, params: Mapping[str, Json], context: PassContext
     ) -> onnx.ModelProto:
         settings, nodes = sweep_settings(params, prefix=PREFIX, damping=DAMPING), weighted_nodes(before)
-        cheap = cheapest_weights(LayerSweep(before, nodes, settings, context.activations), share)
+        cheap = cheapest_weights(LayerSweep(before, nodes, settings, context.activations), share, context.remember)
         if not cheap:
             raise UnsupportedError(
                 "model: has no layer with weights whose sensitivity can be measured; nothing can be pruned"
@@ -106,11 +106,12 @@ class PruneWeights:
                 raise PassDefect(f"{self.name}: '{name}' has {found} zeros; {wanted} were to be")
 
 
-def cheapest_weights(sweep: LayerSweep, share: float) -> dict[str, Mask]:
+def cheapest_weights(sweep: LayerSweep, share: float, remember: Remember) -> dict[str, Mask]:
     """By layer, [groups, outputs, columns]: the `share` of all weights that cost the outputs least, as things stand."""
     costs: dict[str, NDArray[np.float32]] = {}
+    sensitivities = sweep.sensitivities(remember)
     for name, moments in sweep.walk():
-        sensitivity = None if moments is None else sweep.sensitivity(name, moments)
+        sensitivity = sensitivities[name]
         if moments is not None and sensitivity is not None:
             weight, feedback = sweep.weight(name), factor(moments.second, damping=DAMPING)
             price = own_order(np.broadcast_to(feedback.weights[:, None, :], weight.shape), feedback)

@@ -15,7 +15,7 @@ from edgepack.passes.layer_rows import Matrix
 Rows = NDArray[np.floating]
 
 CHUNK_SAMPLES = 32  # their mean and variance put all rows on one scale before they are squared and summed
-CHUNK_BYTES = 16 << 20  # of rows waiting to be multiplied in one go; they take some six times that while they are
+CHUNK_BYTES = 16 << 20  # of rows waiting to be multiplied in one go; they take some three times that while they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,23 +98,26 @@ class MomentStream:
         return second
 
     def _sum_up(self) -> None:
+        """In float32, as activations are: on one scale a chunk of rows loses nothing that matters. Sums are float64."""
         if not self._waiting:
             return
-        rows = np.concatenate([each for each, _ in self._waiting], axis=1, dtype=np.float64)
-        gaps = np.concatenate([each for _, each in self._waiting], axis=1, dtype=np.float64)
+        rows = np.concatenate([each for each, _ in self._waiting], axis=1, dtype=np.float32)
+        gaps = np.concatenate([each for _, each in self._waiting], axis=1, dtype=np.float32)
         sizes = [each.shape[1] for each, _ in self._waiting]
         self._waiting.clear()
         if self._origin is None:
-            self._origin = rows.mean(axis=1, keepdims=True), gaps.mean(axis=1, keepdims=True)
-            variance = rows.var(axis=1, keepdims=True)
-            # A column that is still in the first chunk may move later: it counts as one of small variance.
-            floor = 1e-3 * variance.mean(axis=2, keepdims=True) + np.finfo(np.float32).tiny
-            self._scale = np.sqrt(np.maximum(variance, floor))
+            mean, gap = (each.mean(axis=1, keepdims=True, dtype=np.float64) for each in (rows, gaps))
+            self._origin = mean, gap
+            variance = rows.var(axis=1, keepdims=True, dtype=np.float64)
+            # What is still in the first chunk may move later: it counts as of small variance, a whole group too.
+            floor = 1e-3 * variance.mean(axis=2, keepdims=True) + 1e-9 * variance.mean()
+            self._scale = np.sqrt(np.maximum(variance, floor) if floor.any() else np.ones_like(variance))
         for each, origin in zip((rows, gaps), self._origin, strict=True):
-            np.divide(np.subtract(each, origin, out=each), self._scale, out=each)
-        self._sums += rows.sum(axis=1), gaps.sum(axis=1)
+            np.subtract(each, origin, out=each, casting="same_kind")
+            np.divide(each, self._scale, out=each, casting="same_kind")
+        self._sums += [each.sum(axis=1, dtype=np.float64) for each in (rows, gaps)]
         if self._cross is None:
-            self._second += np.square(rows).sum(axis=1)
+            self._second += np.square(rows).sum(axis=1, dtype=np.float64)
             return
         turned = rows.transpose(0, 2, 1)
         self._second += turned @ rows
@@ -137,12 +140,16 @@ class MomentStream:
         return np.asarray(np.clip(share, 0.0, 1.0), np.float64)
 
 
-def _off_diagonal_squares(rows: Matrix) -> Matrix:
+def _off_diagonal_squares(rows: Rows) -> Matrix:
     """[groups]: sum over i != j of (x' x)_ij^2; by the smaller of the two products that have these squares."""
     turned = rows.transpose(0, 2, 1)
     product = rows @ turned if rows.shape[1] < rows.shape[2] else turned @ rows
     diagonal = np.square(rows).sum(axis=1)
-    return np.asarray(np.square(product).sum(axis=(1, 2)) - np.square(diagonal).sum(axis=1), np.float64)
+    whole, own = (
+        np.square(product).sum(axis=(1, 2), dtype=np.float64),
+        np.square(diagonal).sum(axis=1, dtype=np.float64),
+    )
+    return np.asarray(whole - own, np.float64)
 
 
 def _shrink(matrix: Matrix, kept: Matrix) -> None:

@@ -432,6 +432,7 @@ def test_without_labels_it_is_agreement_and_says_so(made: Made, tmp_path: Path) 
     assert row["is_agreement"] is True and row["baseline"] == 1.0
 
 
+@pytest.mark.full
 def test_outputs_whose_shape_follows_from_the_data_are_built_proved_and_run(made: Made, tmp_path: Path) -> None:
     """A model that also says where its positive outputs are; its input is called as an argument of numpy.savez."""
     random = np.random.default_rng(3)

@@ -263,6 +263,7 @@ def test_what_is_slower_than_fp32_is_not_shipped(
     assert speed != "not measured" and speed.verdict == "faster"
 
 
+@pytest.mark.full
 def test_where_int8_is_slower_than_fp32_float_arithmetic_is_tried(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +329,7 @@ def test_the_measured_time_decides_not_the_estimate(
     assert built.plan.recipe.name == "int8"
 
 
+@pytest.mark.full
 def test_a_pass_that_breaks_its_promise_costs_its_candidates_and_no_others(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +413,7 @@ def outlier_project(folder: Path, *, ruined: Sequence[str] = ("second",), sample
     return folder
 
 
+@pytest.mark.full
 def test_where_int8_ruins_one_layer_that_one_stays_in_float(tmp_path: Path) -> None:
     """Tried before float arithmetic, which would hold as well and costs more."""
     project = outlier_project(tmp_path / "project")

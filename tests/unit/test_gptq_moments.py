@@ -47,7 +47,7 @@ def test_they_are_what_the_rows_say(samples: int, centred: bool) -> None:
         expected = covariance * kept
         if not centred:
             expected = expected + mean[:, :, None] * other_mean[:, None, :]
-        assert np.allclose(matrix, expected, rtol=1e-8, atol=1e-8)
+        assert np.allclose(matrix, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_shrinkage_is_schaefer_and_strimmers() -> None:
@@ -59,7 +59,7 @@ def test_the_shrinkage_is_schaefer_and_strimmers() -> None:
     products = z[:, :, None] * z[:, None, :]
     variance = products.var(axis=0, ddof=1) / len(z)
     expected = off_diagonal(variance).sum() / (off_diagonal(products.mean(axis=0)) ** 2).sum()
-    assert found.shrinkage[0] == pytest.approx(min(expected, 1.0), rel=1e-9)
+    assert found.shrinkage[0] == pytest.approx(min(expected, 1.0), rel=1e-6)
     assert 0 < found.shrinkage[0] < 1
 
 
@@ -67,7 +67,7 @@ def test_samples_count_and_not_their_rows() -> None:
     """A picture whose rows are all alike is one observation, however many rows are drawn."""
     rows, gaps = data(3, 20, 1, 6)
     repeated = moments([np.repeat(each, 50, axis=1) for each in rows], [np.repeat(each, 50, axis=1) for each in gaps])
-    assert repeated.shrinkage[0] == pytest.approx(moments(rows, gaps).shrinkage[0], rel=1e-9)
+    assert repeated.shrinkage[0] == pytest.approx(moments(rows, gaps).shrinkage[0], rel=1e-6)
 
 
 def test_few_samples_are_shrunk_more_than_many() -> None:
@@ -111,4 +111,15 @@ def test_columns_that_never_move_have_no_moments() -> None:
         each[:, :, 2] = 0
     found = moments(rows, gaps)
     assert not found.second[0, 2].any() and not found.second[0, :, 2].any()
+    assert np.isfinite(found.second).all() and np.isfinite(found.shrinkage).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["all of it", "one group"])
+def test_what_is_still_in_the_first_chunk_may_move_later(groups: int) -> None:
+    rows, gaps = data(10, 3 * row_moments.CHUNK_SAMPLES, 3, 4, groups=groups)
+    for each in rows[: row_moments.CHUNK_SAMPLES]:
+        each[-1] = 0
+    found = moments(rows, gaps)
+    x = np.concatenate(rows, axis=1)
+    assert np.allclose(np.diagonal(found.second, axis1=1, axis2=2), x.var(axis=1), rtol=1e-5)
     assert np.isfinite(found.second).all() and np.isfinite(found.shrinkage).all()
