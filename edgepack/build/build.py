@@ -127,7 +127,7 @@ def build(opened: OpenProject, targets: Sequence[str], options: BuildOptions, be
 
     Raises InputError for what is wrong with the project, its model or its data, before any work.
     """
-    chosen = chosen_targets(targets)
+    chosen = [only_in(target, opened.project.search.runtime) for target in chosen_targets(targets)]
     opened.check()
     _check_output(options.output)
     built: list[Built] = []
@@ -147,7 +147,7 @@ def plan_all(
     opened: OpenProject, targets: Sequence[str], options: BuildOptions, bench: Workbench
 ) -> tuple[list[BuildPlan], BuildReport]:
     """What `build` may try, and the report of the targets that it could not even plan. Raises as `build` does."""
-    chosen = chosen_targets(targets)
+    chosen = [only_in(target, opened.project.search.runtime) for target in chosen_targets(targets)]
     opened.check()
     plans: list[BuildPlan] = []
     failed: list[Failed] = []
@@ -171,6 +171,17 @@ def chosen_targets(names: Sequence[str]) -> list[Target]:
                 "bundle's be: give it a name of its own, or build one after the other"
             )
     return list(chosen.values())
+
+
+def only_in(target: Target, runtime: str | None) -> Target:
+    """The target as if it took that runtime alone. Raises UsageError where it does not take it."""
+    if runtime is None:
+        return target
+    if runtime not in target.runtimes:
+        raise UsageError(
+            f"target {target.name} takes {', '.join(target.runtimes)}; the runtime '{runtime}' is none of them"
+        )
+    return target.model_copy(update={"runtimes": (runtime,)})
 
 
 def plan_for(opened: OpenProject, target: Target, system: System, recipe: Recipe, bench: Workbench) -> BuildPlan:

@@ -35,6 +35,10 @@ def build(
         Literal["latency", "size", "balanced"] | None,
         typer.Option(help="What the best candidate has least of; balanced: size times time.", show_default=False),
     ] = None,
+    runtime: Annotated[
+        Literal["onnxruntime", "openvino", "litert", "tflite-runtime"] | None,
+        typer.Option(help="Try this one of the target's runtimes alone.", show_default=False),
+    ] = None,
     evaluations: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Judge at most so many candidates; 1: the plain one alone.")
     ] = None,
@@ -92,6 +96,7 @@ def build(
       edgepack build --target rpi4 --target x86-avx512 --target intel-npu --json
       edgepack build --target rpi5 --objective latency --device ssh://pi@raspberrypi.local --explain
       edgepack build --target rpi4 --objective size --report report.html
+      edgepack build --target rpi4 --runtime litert --install-toolchains
       edgepack build int8.onnx --target rpi4 --as-is
       edgepack build other.onnx --target ./my-board.toml --os debian-13 --dry-run
     """
@@ -109,6 +114,7 @@ def build(
         accept_unresolved=accept_unresolved,
         search={
             "objective": objective,
+            "runtime": runtime,
             "evaluations": evaluations,
             "time_budget_s": time_budget,
             "seed": seed,

@@ -112,6 +112,8 @@ class Search(Spec):
     time_budget_s: Annotated[float, Field(gt=0)] | None = None
     """No candidate is begun after it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    runtime: Literal["onnxruntime", "openvino", "litert", "tflite-runtime"] | None = None
+    """The only one of the target's runtimes that candidates may run in; None: its first, and what goes beside it."""
     resolutions: tuple[Annotated[float, Field(ge=0.5, lt=1)], ...] = ()
     """Shares of an input's height and width that a fully convolutional network may see instead of all of it."""
 

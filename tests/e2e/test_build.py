@@ -306,6 +306,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not (project / "dist").exists() and not (project / "edgepack.lock").exists()
 
 
+def test_one_of_a_targets_runtimes_can_be_asked_for_and_no_other(made: Made) -> None:
+    planned = made.edgepack("build", "-t", "rpi4", "--runtime", "litert", "--dry-run", "--json").document["plans"]
+    assert {plan["runtime"].partition(" ")[0] for plan in planned} == {"litert"}
+    refused = made.edgepack("build", "-t", "rpi4", "--runtime", "openvino", "--dry-run")
+    assert refused.exit_code == 2
+    assert "target rpi4 takes onnxruntime, litert; the runtime 'openvino' is none of them" in refused.stderr
+
+
 def impossible_target(folder: Path) -> Path:
     """A 32-bit board that only takes ONNX Runtime, of which there is no wheel for it."""
     text = (Path(__file__).parents[2] / "targets" / "rpi3-32.toml").read_text(encoding="utf-8")
