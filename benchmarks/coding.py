@@ -9,8 +9,12 @@ stood in for by a wide step. Times are the best of three, one thread; they say h
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ import zstandard
 from onnx import numpy_helper
 
 from edgepack.coding.decoder import Bytes, decode_planes
+from edgepack.coding.files import DECODER_PATH
 from edgepack.coding.stream import encode_planes
 from edgepack.passes.affine import quantise_weight, weight_scales
 from edgepack.passes.entropy_rounding import entropy_bits
@@ -46,6 +51,79 @@ def best_s(call: Callable[[], object]) -> float:
         call()
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coding:
+    """What coding a model's files takes, and expanding them."""
+
+    encode_s: float
+    encode_mib: float
+    decode_s: float
+    decode_mib: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        seconds = (self.encode_s, self.decode_s)
+        memory = (self.encode_mib, self.decode_mib)
+        return tuple(
+            cell for s, mib in zip(seconds, memory, strict=True) for cell in (f"{s * 1e3:.0f} ms", f"{mib:.1f} MiB")
+        )
+
+
+CODE = """import importlib.util, json, pathlib, sys, tempfile, time
+
+def grown(call):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forgets the high-water mark (proc(5))
+    before = status("VmRSS")
+    call()
+    return (status("VmHWM") - before) / 1024
+
+def status(name):
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith(name)).split()[1])
+
+def seconds(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+request = json.loads(sys.argv[1])
+if "coded" in request:
+    spec = importlib.util.spec_from_file_location("decoder", request["decoder"])
+    decoder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decoder)
+    contents = [(pathlib.Path(path).read_bytes(), size) for path, size in request["coded"]]
+    def work():
+        for data, size in contents:
+            decoder.expand(data, size)
+else:
+    from edgepack.passes.code import Code
+    from edgepack.passes.contract import PassContext
+    files = {role: pathlib.Path(path) for role, path in request["files"].items()}
+    def work():
+        with tempfile.TemporaryDirectory() as name:
+            context = PassContext(activations=None, tool=None, feed_files=None, folder=pathlib.Path(name))
+            Code().apply(files, {"coding": "entropy"}, context)
+first = grown(work)
+print(json.dumps({"mib": first, "s": min(seconds(work) for _ in range(3))}))
+"""
+"""In a process of its own, so that memory is that of the work alone."""
+
+
+def coding_of(files: Mapping[str, Path], coded: Mapping[str, Path]) -> Coding:
+    """Measured here. `files`: of the model as a runtime loads it, by role; `coded`: those of them that travel coded."""
+    pairs = [[str(path), files[role].stat().st_size] for role, path in coded.items()]
+    encode = _measured({"files": {role: str(path) for role, path in files.items()}})
+    decode = _measured({"coded": pairs, "decoder": str(DECODER_PATH)})
+    return Coding(encode_s=encode["s"], encode_mib=encode["mib"], decode_s=decode["s"], decode_mib=decode["mib"])
+
+
+def _measured(request: Mapping[str, object]) -> dict[str, float]:
+    argv = [sys.executable, "-c", CODE, json.dumps(request)]
+    found: dict[str, float] = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+    return found
 
 
 def row(name: str, planes: list[Bytes]) -> None:

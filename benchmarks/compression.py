@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.coding import coding_of
 from benchmarks.peers import CALIBRATORS, OPERATORS, Made, PeerError, nncf, onnx_made, quantize_static
 from benchmarks.resources import watch
 from benchmarks.table import Row, write_page
@@ -32,6 +33,7 @@ from edgepack.build.execute import Workbench
 from edgepack.build.inputs import OpenProject, open_project
 from edgepack.bundle.bundle import open_bundle
 from edgepack.bundle.pack import stack
+from edgepack.coding.files import plain_name
 from edgepack.graph.load import read_model, serialise
 from edgepack.graph.npz import npz_bytes
 from edgepack.graph.shapes import fix_dimensions
@@ -40,7 +42,7 @@ from edgepack.judge.gate import Verdict, judge_drop
 from edgepack.protocol import RUNNER_PATH, ModelRef
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
 from edgepack.spec.target import load_target
-from edgepack.store import Store, cache_folder
+from edgepack.store import Store, cache_folder, write_atomic
 from edgepack.transports.local import LocalTransport
 from tests.support.cli import EXAMPLE, clean_cache, environment
 
@@ -127,7 +129,8 @@ class Arena:
         """Everything about one contestant, measured."""
         print(f"  {made.name}: judging and timing", file=sys.stderr, flush=True)
         verdict = verdict or self.judge(made)
-        return Row(made=made, verdict=verdict, speed=self.time(made, self.fp32))
+        coding = coding_of(made.files, made.coded) if made.coded else None
+        return Row(made=made, verdict=verdict, speed=self.time(made, self.fp32), coding=coding)
 
 
 def onnxruntime_row(arena: Arena) -> Row:
@@ -188,10 +191,17 @@ def edgepack_row(arena: Arena, name: str, arguments: tuple[str, ...], target: st
         return Row(made=replace(arena.fp32, name=name, usage=usage, note=f"exit code {usage.exit_code}: {note}"))
     bundle = open_bundle(Path(document["bundles"][0]["path"]))
     manifest = bundle.manifest
-    files = {role: bundle.extract(path, output) for role, path in manifest.model.files.items()}
+    files, coded = {}, {}
+    for role, path in manifest.model.files.items():
+        files[role] = output / "plain" / Path(plain_name(path)).name
+        write_atomic(files[role], bundle.model_content(role))
+        if plain_name(path) != path:
+            coded[role] = bundle.extract(path, output)
     passes = f"{document['bundles'][0]['candidate']}: {', '.join(each.name for each in manifest.passes)}"
     options = manifest.runtime.options
-    made = Made(name=name, runtime=manifest.runtime.name, files=files, options=options, usage=usage, note=passes)
+    made = Made(
+        name=name, runtime=manifest.runtime.name, files=files, coded=coded, options=options, usage=usage, note=passes
+    )
     return arena.row(made)
 
 

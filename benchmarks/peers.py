@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import zstandard
+
 from benchmarks.resources import Usage, watch
 from edgepack.build.execute import Workbench
 from edgepack.runtimes.converter import SCRIPT_OF, SCRIPTS
@@ -36,13 +38,21 @@ class Made:
     runtime: str
     files: Mapping[str, Path]
     """By role: `model`, and `weights` for OpenVINO IR."""
+    coded: Mapping[str, Path] = field(default_factory=dict)
+    """By role: what travels in place of a file."""
     options: Mapping[str, Json] = field(default_factory=dict)
     usage: Usage | None = None
     note: str = ""
 
     @property
     def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files.values())
+        """Of what travels, graph and all."""
+        return sum(path.stat().st_size for path in {**self.files, **self.coded}.values())
+
+    @property
+    def zstd_bytes(self) -> int:
+        """Of the files as a runtime loads them, by zstd -19."""
+        return sum(len(zstandard.ZstdCompressor(level=19).compress(path.read_bytes())) for path in self.files.values())
 
 
 def onnxruntime_python() -> Path:

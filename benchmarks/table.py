@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.coding import Coding
 from benchmarks.peers import PACKAGES, Made
 from edgepack import __version__
 from edgepack.bench.versus import SpeedRatio
@@ -16,7 +17,18 @@ from edgepack.report.words import drop_text, ratio_text, value_text
 from edgepack.spec.toolchain import load_toolchain
 from edgepack.store import atomic_file
 
-HEAD = ("", "bytes", "smaller", "metric", "drop, 95 % interval", "gate", "time, ORT fp32 = 1", "made in", "peak memory")
+HEAD = (
+    "",
+    "bytes",
+    "smaller",
+    "by zstd -19",
+    "metric",
+    "drop, 95 % interval",
+    "gate",
+    "time, ORT fp32 = 1",
+    "made in",
+    "peak memory",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +38,8 @@ class Row:
     made: Made
     verdict: Verdict | None = None
     speed: SpeedRatio | None = None
+    coding: Coding | None = None
+    """Where it travels coded."""
 
 
 def cells(row: Row, baseline_bytes: int) -> tuple[str, ...]:
@@ -35,6 +49,7 @@ def cells(row: Row, baseline_bytes: int) -> tuple[str, ...]:
         made.name,
         "none" if failed else f"{made.bytes:,}",
         "" if failed else f"{baseline_bytes / made.bytes:.2f}x",
+        "" if failed else f"{made.zstd_bytes:,}, {baseline_bytes / made.zstd_bytes:.2f}x",
         value_text(verdict.value, verdict.is_share) if verdict else "",
         drop_text(verdict.drop, verdict.interval, verdict.is_share) if verdict else "",
         verdict.answer if verdict else "",
@@ -54,6 +69,10 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
         text += [f"{first.metric}, {first.samples} samples, float32 {fp32}; limit of the gate {first.max_drop:g}.", ""]
     text += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     text += ["| " + " | ".join(cells(row, baseline)) + " |" for row in rows]
+    coded = [(row.made.name, row.coding) for row in rows if row.coding is not None]
+    if coded:
+        text += ["", "| coded by the entropy coder | in | memory | expanded in | memory |", "|---|---|---|---|---|"]
+        text += ["| " + " | ".join((name, *coding.cells)) + " |" for name, coding in coded]
     notes = [f"- {row.made.name}: {row.made.note}." for row in rows if row.made.note]
     return "\n".join([*text, "", *notes, ""])
 
@@ -85,6 +104,10 @@ def _head(target: str, date: str) -> list[str]:
         "- memory: the largest sum of proportional set sizes of all processes; edgepack's includes judging and packing",
         "- made in: from float32 ONNX to the result; edgepack's includes judging and packing, the others' does not",
         "- drop: on all evaluation data, each model in its own runtime",
+        "- bytes: the model as it travels, graph and all: of edgepack's the coded one",
+        "- by zstd -19: the same model's files through zstd instead",
+        "- coding: numpy, one thread, the best of three; memory is what the process grows by beyond the files; "
+        "what is coded is also expanded and compared",
         "",
     ]
 

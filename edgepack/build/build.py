@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,6 +86,7 @@ class Built:
     baseline_bytes: int
     """The user's model as it lies on disk."""
     model_bytes: int
+    by_coding: Mapping[str, int]
     cached: bool
 
 
@@ -501,6 +502,7 @@ class _Job:
             locked=locked,
             baseline_bytes=self.opened.interface.source_bytes,
             model_bytes=manifest.sizes.model,
+            by_coding=manifest.sizes.by_coding,
             cached=cached,
         )
 

@@ -15,7 +15,7 @@ import onnx
 from edgepack.build.inputs import OpenProject
 from edgepack.build.planner import BuildPlan, Step
 from edgepack.build.tensorflow import PROVED_SAMPLES, prove
-from edgepack.coding.files import SUFFIX
+from edgepack.coding.files import SUFFIXES
 from edgepack.errors import UnsupportedError
 from edgepack.graph.load import read_model, serialise
 from edgepack.graph.npz import npz_bytes
@@ -138,7 +138,7 @@ def seconds_of(plan: BuildPlan, store: Store) -> float:
 def bytes_of(record: StepRecord, store: Store) -> int:
     """Of the files that travel: the coded one where there is one."""
     files = record.files
-    travels = [digest for name, digest in files.items() if name + SUFFIX not in files]
+    travels = [digest for name, digest in files.items() if not any(name + suffix in files for suffix in SUFFIXES)]
     return sum(store.blob_path(digest).stat().st_size for digest in travels)
 
 
@@ -157,13 +157,13 @@ ROLES = {
 
 def model_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:
     """A step's files as a runtime loads them, copied into `folder`, by their role."""
-    plain = {name: digest for name, digest in record.files.items() if not name.endswith(SUFFIX)}
+    plain = {name: digest for name, digest in record.files.items() if not name.endswith(SUFFIXES)}
     return {ROLES[path.suffix]: path for path in store.materialise(replace(record, files=plain), folder).values()}
 
 
 def coded_files(record: StepRecord, store: Store, folder: Path) -> dict[str, Path]:
     """The coded ones, copied into `folder`, by the role of what each expands to."""
-    coded = {name: digest for name, digest in record.files.items() if name.endswith(SUFFIX)}
+    coded = {name: digest for name, digest in record.files.items() if name.endswith(SUFFIXES)}
     found = store.materialise(replace(record, files=coded), folder).values()
     return {ROLES[path.with_suffix("").suffix]: path for path in found}
 

@@ -33,6 +33,7 @@ from edgepack.bundle.provenance import Origin, documents
 from edgepack.coding.files import DECODER_PATH
 from edgepack.errors import InputError
 from edgepack.graph.npu_blob import read_blob
+from edgepack.passes.code import METHODS, coded_bytes
 from edgepack.protocol import RUNNER_PATH
 from edgepack.runtimes.recipes import Recipe
 from edgepack.runtimes.slim import slim_wheels
@@ -96,8 +97,9 @@ def pack(shipment: Shipment, opened: OpenProject, path: Path, bench: Workbench) 
             evidence=None if shipment.evidence is None else canonical_json(shipment.evidence) + b"\n",
         )
         expanded = file_entries({role: plain[role] for role in coded})
+        by_coding = _by_coding(plain, coded, opened.project.coding) if shipment.ships else {}
         try:
-            manifest = _manifest(shipment, opened, parts, expanded, pin)
+            manifest = _manifest(shipment, opened, parts, expanded, pin, by_coding=by_coding)
             if shipment.ships:
                 archives = dict(zip(manifest.runtime.wheels, wheels, strict=True))
                 origin = _origin(opened, plan, pin, bench.store.folder)
@@ -132,9 +134,15 @@ def budget_of(opened: OpenProject, plan: BuildPlan) -> dict[str, float | None]:
 
 
 def _manifest(
-    shipment: Shipment, opened: OpenProject, parts: Parts, expanded: dict[str, m.FileEntry], pin: Pin
+    shipment: Shipment,
+    opened: OpenProject,
+    parts: Parts,
+    expanded: dict[str, m.FileEntry],
+    pin: Pin,
+    *,
+    by_coding: dict[str, int],
 ) -> m.Manifest:
-    """`expanded`: of the model's coded files, by role, what each becomes."""
+    """`expanded`: of the model's coded files, by role, what each becomes; `by_coding`: Sizes.by_coding."""
     plan = shipment.plan
     entries = file_entries(parts.contents())
     budget = budget_of(opened, plan) if shipment.ships else NO_BUDGET
@@ -185,6 +193,7 @@ def _manifest(
         evidence=EVIDENCE if parts.evidence is not None else None,
         sizes=m.Sizes(
             model=sum(entries[path].bytes for path in paths.values()),
+            by_coding=by_coding,
             baseline_model=opened.interface.source_bytes,
             wheels=sum(entries[path].bytes for path in wheels),
         ),
@@ -204,6 +213,14 @@ def _manifest(
         runner=RUNNER,
         files=entries,
     )
+
+
+def _by_coding(plain: Mapping[str, Path], coded: Mapping[str, Path], chosen: str) -> dict[str, int]:
+    """Bytes of the model by each coding; that by the chosen one is known."""
+    if not coded:
+        return {}
+    sizes = {name: coded_bytes(plain, name) for name in METHODS if name != chosen}
+    return sizes | {chosen: sum(path.stat().st_size for path in {**plain, **coded}.values())}
 
 
 def device_of(recipe: Recipe) -> str | None:

@@ -288,27 +288,27 @@ class _Search:
             self._try(self._add(self.setting.plan_of(recipe), base=base.base))
 
     def _narrow(self) -> None:
-        """Take channels out of the best so far, ever more of them, as long as it holds: less arithmetic, not only fewer
-        bytes. At half its price of a bit: what is left has less to spare."""
+        """Take channels out of the best so far, ever more of them, as long as it holds. At half its price of a bit, as
+        what is left has less to spare; at its price where bytes alone count."""
         best = self._best_to_lighten()
         if best is None:
             return
         price = price_of(best.plan.recipe)
-        whole = best.plan.recipe if price is None else repriced(best.plan.recipe, price / 2)
+        whole = best.plan.recipe
+        if price is not None and self.setting.search.objective != "size":
+            whole = repriced(whole, price / 2)
         self._while_it_holds([narrowed(whole, share) for share in MACS_SHARES], best)
 
     def _shrink(self) -> None:
         """Let the best so far see its input smaller, where the project allows it, as long as it holds."""
         best = self._best_to_lighten()
-        if best is None:
-            return
+        if best is None or self.setting.search.objective == "size":
+            return  # the weights are as many as they were
         shares = sorted(self.setting.search.resolutions, reverse=True)
         self._while_it_holds([smaller_input(best.plan.recipe, share) for share in shares], best)
 
     def _best_to_lighten(self) -> Candidate | None:
-        """The best that holds, of those that the search goes on from; None also where arithmetic does not count."""
-        if self.setting.search.objective == "size":
-            return None
+        """The best that holds, of those that the search goes on from."""
         return next((c for c in self._holding() if _is_refined(c)), None)
 
     def _while_it_holds(self, recipes: Sequence[Recipe], base: Candidate) -> None:

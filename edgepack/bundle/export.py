@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgepack.bundle.bundle import Bundle
-from edgepack.coding.files import SUFFIX
+from edgepack.coding.files import plain_name
 from edgepack.errors import InputError
 from edgepack.store import storage_errors
 
@@ -44,7 +44,7 @@ def export_model(bundle: Bundle, wanted: str, folder: Path) -> Exported:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
             stem = f"{manifest.name}-{manifest.target.name}"
-            plain = {role: path.removesuffix(SUFFIX) for role, path in manifest.model.files.items()}
+            plain = {role: plain_name(path) for role, path in manifest.model.files.items()}
             names = {role: stem + PurePosixPath(path).suffix for role, path in plain.items()}
             parts = {role: Path(scratch, name) for role, name in names.items()}
             for role, part in parts.items():

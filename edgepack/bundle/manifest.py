@@ -133,7 +133,7 @@ class Layout(Part):
 
 
 class CodedPart(Part):
-    """Files of the model that travel entropy-coded (docs/coding.md)."""
+    """Files of the model that travel coded (docs/coding.md)."""
 
     decoder: str
     """Path in the bundle of what expands them."""
@@ -265,6 +265,8 @@ class Sizes(Part):
 
     model: Annotated[int, Field(gt=0, le=MAX_BYTES)]
     """As it travels."""
+    by_coding: dict[Name, Annotated[int, Field(gt=0, le=MAX_BYTES)]] = Field(default_factory=dict)
+    """What it takes by `entropy` and by `zstd`, of which one was chosen; empty where it travels as it is."""
     baseline_model: Annotated[int, Field(gt=0, le=MAX_BYTES)]
     wheels: Bytes
 

@@ -1,12 +1,13 @@
 """Expands a coded file: docs/coding.md from top to bottom, in numpy and the standard library.
 
 Everything that decoding needs stands in this one file, for Python 3.9 and newer: it travels in bundles, and the runner
-on the device loads it beside the file that it expands. The encoder (files.py, stream.py, tables.py, rans.py) imports
-from here what both must do alike.
+on the device loads it beside the file that it expands. For a file that zstd made it asks the system's libzstd. The
+encoder (files.py, stream.py, tables.py, rans.py) imports from here what both must do alike.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import lzma
 import zlib
@@ -22,6 +23,10 @@ Table = NDArray[np.int64]
 
 class DamagedError(Exception):
     """What was read is not what an encoder wrote: damaged, cut, too large, or of another version."""
+
+
+class LackingError(Exception):
+    """This machine has not what expanding needs."""
 
 
 # Numbers of variable length, and a reader that never reads past the end.
@@ -191,12 +196,14 @@ class _Lanes:
 
 def _slots(tables: NDArray[np.int64]) -> Tuple[Bytes, NDArray[np.uint32], NDArray[np.uint32]]:
     """By context and slot: the symbol, its frequency, and what is added to frequency times state."""
-    counts = tables.astype(np.intp)  # repeat takes no int64 on a 32-bit machine
-    symbols = np.concatenate([np.repeat(np.arange(256, dtype=np.uint8), each) for each in counts])
-    contexts = np.repeat(np.arange(len(tables)), TOTAL)
-    before = np.cumsum(tables, axis=1) - tables
-    offset = np.tile(np.arange(TOTAL), len(tables)) - before[contexts, symbols]
-    return symbols, tables[contexts, symbols].astype(np.uint32), offset.astype(np.uint32)
+    symbols = np.empty(len(tables) * TOTAL, np.uint8)
+    factors, offsets = (np.empty(len(symbols), np.uint32) for _ in range(2))
+    for place, table in enumerate(tables):  # one at a time: what is wide in between is then that of one table
+        here = slice(place * TOTAL, (place + 1) * TOTAL)
+        found = np.repeat(np.arange(256, dtype=np.uint8), table.astype(np.intp))  # no int64 on a 32-bit machine
+        symbols[here], factors[here] = found, table[found]
+        offsets[here] = np.arange(TOTAL) - (np.cumsum(table) - table)[found]
+    return symbols, factors, offsets
 
 
 # A stream of planes.
@@ -303,10 +310,12 @@ HIGHEST_DICTIONARY = 1 << 26
 
 
 def expand(data: bytes, max_bytes: int) -> bytes:
-    """The file as it was, byte for byte. Raises DamagedError where `data` is damaged, cut, or holds more.
+    """The file as it was, byte for byte. Raises DamagedError where `data` is damaged, cut, or holds more, LackingError.
 
     Takes some 4 times the file's size in memory.
     """
+    if data[: len(ZSTD_MAGIC)] == ZSTD_MAGIC:
+        return _from_zstd(data, max_bytes)
     reader = ByteReader(data)
     if reader.take(len(MAGIC)) != MAGIC:
         raise DamagedError("not a coded file of this version")
@@ -335,6 +344,29 @@ def expand(data: bytes, max_bytes: int) -> bytes:
     if reader.left or hashlib.sha256(found).digest()[:DIGEST_BYTES] != digest:
         raise DamagedError("what was expanded is not what was coded; the file is damaged")
     return found
+
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, section 3.1.1
+ZSTD_LIBRARY = "libzstd.so.1"
+
+
+def _from_zstd(data: bytes, max_bytes: int) -> bytes:
+    """By the system's library, in one call: what is expanded is its window, so memory is bounded by `max_bytes`."""
+    try:
+        library = ctypes.CDLL(ZSTD_LIBRARY)
+    except OSError as error:
+        raise LackingError(
+            "%s is not there, which a model stored by zstd needs: apt install libzstd1, or build with "
+            'coding = "entropy"' % ZSTD_LIBRARY
+        ) from error
+    decompress, is_error = library.ZSTD_decompress, library.ZSTD_isError  # stable in zstd.h since 1.0
+    decompress.restype, is_error.argtypes = ctypes.c_size_t, [ctypes.c_size_t]
+    decompress.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+    out = ctypes.create_string_buffer(max(max_bytes, 1))
+    size = decompress(out, max_bytes, data, len(data))
+    if is_error(size):
+        raise DamagedError("zstd cannot expand it to at most %d bytes; the file is damaged" % max_bytes)
+    return out.raw[:size]
 
 
 def filters(setting: int, size: int) -> List[Dict[str, int]]:

@@ -10,16 +10,31 @@ import lzma
 from collections.abc import Sequence
 from pathlib import Path
 
+import zstandard
+
 from edgepack.coding import decoder
-from edgepack.coding.decoder import DIGEST_BYTES, KIND_BITS, MAGIC, SETTINGS, DamagedError, expand, filters
+from edgepack.coding.decoder import (
+    DIGEST_BYTES,
+    KIND_BITS,
+    MAGIC,
+    SETTINGS,
+    DamagedError,
+    LackingError,
+    expand,
+    filters,
+)
 from edgepack.coding.pieces import Piece, code_order
 from edgepack.coding.stream import encode_planes, varint
-from edgepack.errors import VerificationError
+from edgepack.errors import UnsupportedError, VerificationError
 
 DECODER_PATH = Path(decoder.__file__)
 """What expands a coded file, alone: it travels with it."""
 SUFFIX = ".epf"
 """Behind the name of the file that it is."""
+ZSTD_SUFFIX = ".zst"
+"""The same for one that zstd made."""
+SUFFIXES = (SUFFIX, ZSTD_SUFFIX)
+ZSTD_LEVEL = 19
 REPEATING_BYTES = 1 << 16  # pieces so long are tried with LZMA as well
 
 
@@ -41,10 +56,25 @@ def code_file(content: bytes, pieces: Sequence[Piece]) -> bytes:
     return head + (encode_planes(code_order(taken, contents)) if taken else b"")
 
 
+def plain_name(path: str) -> str:
+    """Of what a coded file becomes."""
+    for suffix in SUFFIXES:
+        path = path.removesuffix(suffix)
+    return path
+
+
+def zstd_file(content: bytes) -> bytes:
+    """A plain zstd frame with its checksum, which any zstd expands."""
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(content)
+
+
 def expand_file(data: bytes, where: str, *, max_bytes: int) -> bytes:
-    """The file's bytes as they were. Raises VerificationError where `data` is damaged, cut, or holds more."""
+    """The file's bytes as they were, of either kind. Raises VerificationError where `data` is damaged, cut, or holds
+    more, UnsupportedError where this machine cannot expand it."""
     try:
         return expand(data, max_bytes)
+    except LackingError as error:
+        raise UnsupportedError(f"{where}: {error}") from error
     except DamagedError as error:
         raise VerificationError(f"{where}: {error}") from error
 

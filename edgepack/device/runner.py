@@ -1187,6 +1187,8 @@ def expanded(files: Dict[str, str], coded: Dict[str, Any]) -> InMemory:
             content = decoder.expand(data, size)
         except decoder.DamagedError as error:
             raise Refused("corrupt", "%s: %s" % (path, error)) from error
+        except decoder.LackingError as error:
+            raise Refused("missing", "%s: %s" % (path, error)) from error
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest_of(entry, "sha256"):
             raise Refused("corrupt", "%s: expands to something else than its manifest says" % path)
         handle = os.memfd_create(role)

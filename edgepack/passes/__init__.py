@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgepack.passes.canonicalise import Canonicalise
+from edgepack.passes.cluster_weights import ClusterWeights
 from edgepack.passes.code import Code
 from edgepack.passes.compact import Compact
 from edgepack.passes.contract import Pass
@@ -15,6 +16,7 @@ from edgepack.passes.low_rank import LowRank
 from edgepack.passes.observe import Observe
 from edgepack.passes.openvino import CompileNpu, ConvertOpenvino, QuantiseNncf
 from edgepack.passes.prune_channels import PruneChannels
+from edgepack.passes.prune_weights import PruneWeights
 from edgepack.passes.quantise_dynamic import QuantiseDynamic
 from edgepack.passes.quantise_static import QuantiseStatic
 from edgepack.passes.resolution import Resolution
@@ -29,6 +31,8 @@ PASSES: dict[str, Pass] = {
         Resolution(),
         PruneChannels(),
         LowRank(),
+        PruneWeights(),
+        ClusterWeights(),
         Equalise(),
         Smooth(),
         Gptq(),

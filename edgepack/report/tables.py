@@ -58,6 +58,7 @@ def _bundle_row(built: Built) -> dict[str, Json]:
         "candidate": built.plan.recipe.name,
         "bytes": built.locked.bundle_bytes,
         "model_bytes": built.model_bytes,
+        "model_bytes_by_coding": dict(built.by_coding),
         "baseline_bytes": built.baseline_bytes,
         "metric": verdict.get("metric"),
         "is_agreement": verdict.get("is_agreement"),
@@ -109,7 +110,8 @@ def build_table(report: BuildReport) -> str:
             *(metric, baseline, value, drop, answer),
         )
         state = "unchanged" if built.cached else "written"
-        lines.append(f"{built.path} ({built.locked.bundle_bytes / MIB:.1f} MiB, {state})")
+        stored = "".join(f"; model by {name} {size_text(size)}" for name, size in built.by_coding.items())
+        lines.append(f"{built.path} ({built.locked.bundle_bytes / MIB:.1f} MiB, {state}{stored})")
         lines.append(f"  {' -> '.join(built.steps)}")
         if verdict:
             lines.append(
@@ -241,6 +243,7 @@ def bundle_page(bundle: Bundle) -> str:
         ),
         f"  model     {m.model.precision}, {m.model.format}, {size_text(m.sizes.model)} "
         f"(the source had {size_text(m.sizes.baseline_model)})",
+        *(f"  stored    by {name} {size_text(size)}" for name, size in m.sizes.by_coding.items()),
         f"  inputs    {', '.join(_tensor(t.name, t.dtype, t.shape) for t in m.model.inputs)}",
         f"  outputs   {', '.join(_tensor(t.name, t.dtype, t.shape) for t in m.model.outputs)}",
         f"  runtime   {m.runtime.name} {m.runtime.version}, {m.runtime.options}",

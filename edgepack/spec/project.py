@@ -164,6 +164,8 @@ class Project(Spec):
     robustness: Robustness = Robustness()
     search: Search = Search()
     budget: Budget = Budget()
+    coding: Literal["entropy", "zstd"] = "entropy"
+    """How a model is stored on its way to the device and in flash: docs/coding.md, or plain zstd (ADR 39)."""
     signing: Signing = Signing()
     licence: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Of the model: an SPDX expression, for the bundle's SBOM."""

@@ -141,6 +141,7 @@ def ssh(device: EmulatedDevice, command: str) -> str:
 
 def test_a_litert_bundle_is_healthy_on_an_emulated_cortex_a72(project: Path, cache: Path, rpi4: EmulatedDevice) -> None:
     bundle, device = bundle_for("rpi4", project), f"emulated:{rpi4.name}"
+    assert open_bundle(bundle).manifest.model.coded is not None
     done = edgepack("bench", bundle, "--device", device, "--json", cwd=project, cache=cache, timeout_s=900)
     assert done.exit_code == 0, done.stderr
     assert done.document["device"]["cpu_model"] == "Cortex-A72"

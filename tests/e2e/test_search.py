@@ -91,6 +91,7 @@ def test_the_smallest_that_holds_is_chosen_and_the_rest_have_reasons(searched: S
         if each["outcome"] == "kept":
             assert each["bytes"] > chosen["bytes"]
     assert found["half"]["outcome"] == "not tried" and "cannot be better" in found["half"]["reason"]
+    assert any(name.endswith("-m0.7") and each["selection"] for name, each in found.items())  # channels are bytes too
 
 
 def test_the_samples_that_choose_do_not_gate(searched: Searched) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+import zstandard
 from onnx import TensorProto
 
-from edgepack.coding.files import DECODER_PATH, code_file, expand_file
+from edgepack.coding.files import DECODER_PATH, code_file, expand_file, zstd_file
 from edgepack.coding.onnx_pieces import onnx_pieces
 from edgepack.coding.openvino_pieces import openvino_pieces
-from edgepack.errors import UnsupportedError
+from edgepack.errors import EdgepackError, UnsupportedError, VerificationError
 from edgepack.graph.npz import npz_bytes
 from edgepack.passes.code import Code
 from edgepack.passes.contract import PassContext
@@ -68,6 +73,59 @@ def test_openvino_loads_coded_weights_and_a_coded_graph(runner: RunnerClient, tm
     assert runner.kernels(model).nodes
 
 
+def zstd_ref(folder: Path) -> ModelRef:
+    """A model that was stored by plain zstd."""
+    model = coded_ref(model_ref(save_model(folder / "model.onnx")), ("model",), folder)
+    assert model.coded is not None
+    content = expand_file(Path(model.files["model"]).read_bytes(), "m", max_bytes=model.coded.files["model"].bytes)
+    path = folder / "model.onnx.zst"
+    path.write_bytes(zstd_file(content))
+    return replace(model, files={"model": str(path)})
+
+
+def test_onnxruntime_loads_a_model_stored_by_zstd_and_refuses_a_damaged_one(
+    runner: RunnerClient, tmp_path: Path
+) -> None:
+    model = zstd_ref(tmp_path)
+    assert sqnr_db(runner, model, tmp_path) > 100
+    path = Path(model.files["model"])
+    whole = path.read_bytes()
+
+    def load(content: bytes, given: ModelRef = model) -> float:
+        other = tmp_path / f"{len(list(tmp_path.iterdir()))}.zst"  # the runner keeps what it loaded, by its path
+        other.write_bytes(content)
+        return sqnr_db(runner, replace(given, files={"model": str(other)}), tmp_path)
+
+    refused = 0
+    places = range(5, len(whole), 61)
+    for place in places:  # zstd has bits that say nothing: with them changed the same file comes out
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        try:
+            assert load(bytes(damaged)) > 100
+        except RunnerError as error:
+            assert error.failure == "corrupt"
+            refused += 1
+    assert refused > 0.8 * len(places)
+    with pytest.raises(RunnerError, match="zstd cannot expand it"):
+        load(whole[:-9])
+    assert model.coded is not None
+    small = {"model": replace(model.coded.files["model"], bytes=100)}
+    with pytest.raises(RunnerError, match="to at most 100 bytes"):
+        load(whole, replace(model, coded=replace(model.coded, files=small)))
+
+
+def test_a_device_without_libzstd_says_what_it_lacks(runner: RunnerClient, tmp_path: Path) -> None:
+    model = zstd_ref(tmp_path)
+    assert model.coded is not None
+    other = tmp_path / "decoder.py"
+    source = DECODER_PATH.read_text(encoding="utf-8")
+    other.write_text(source.replace('"libzstd.so.1"', '"libnone.so.1"'), encoding="utf-8")
+    with pytest.raises(RunnerError, match=r"libnone\.so\.1 is not there.*apt install libzstd1") as caught:
+        sqnr_db(runner, replace(model, coded=replace(model.coded, decoder=str(other))), tmp_path)
+    assert caught.value.failure == "missing"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -86,6 +144,46 @@ def test_a_coded_model_that_is_damaged_or_cut_is_refused(
     with pytest.raises(RunnerError, match=message) as caught:
         sqnr_db(runner, model, tmp_path)
     assert caught.value.failure == "corrupt"
+
+
+STALL = """
+def _stalled(self, count, tables):
+    import time
+    with open({marker!r}, "w"):
+        time.sleep(600)
+_Lanes.plane = _stalled
+"""
+"""Behind the decoder's own source: it says when it has begun, and goes no further."""
+
+
+def test_who_is_killed_while_a_model_is_expanded_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = coded_ref(model_ref(save_model(tmp_path / "model.onnx")), ("model",), tmp_path)
+    assert model.coded is not None
+    marker, stalling = tmp_path / "begun", tmp_path / "stalling.py"
+    source = DECODER_PATH.read_text(encoding="utf-8")
+    stalling.write_text(source + STALL.format(marker=str(marker)), encoding="utf-8")
+    with start_runner(tmp_path) as client:
+        client.probe()
+        before = set(tmp_path.iterdir())
+        pid = client.probe().pid
+        killer = threading.Thread(target=kill_once, args=(pid, marker))
+        killer.start()
+        with pytest.raises(EdgepackError):
+            sqnr_db(client, replace(model, coded=replace(model.coded, decoder=str(stalling))), tmp_path)
+        killer.join()
+    assert marker.exists()
+    left = {path.name for path in set(tmp_path.iterdir()) - before}
+    assert left - {"inputs.npz", "outputs.npz"} - {".cache", "__pycache__"} == {marker.name}  # onnxruntime's, Python's
+    with start_runner(tmp_path) as client:
+        assert sqnr_db(client, model, tmp_path) > 100
+
+
+def kill_once(pid: int, marker: Path) -> None:
+    """Kill a process with SIGKILL as soon as the marker is there."""
+    deadline = time.monotonic() + 60
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_whole_coded_model_that_is_another_one_is_refused(runner: RunnerClient, tmp_path: Path) -> None:
@@ -110,12 +208,12 @@ def test_a_decoder_that_is_not_there_is_said_so(runner: RunnerClient, tmp_path: 
     assert caught.value.failure == "missing"
 
 
-def code(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+def code(files: dict[str, Path], folder: Path, *, coding: str = "entropy") -> dict[str, Path]:
     def never(*_: object) -> object:
         raise AssertionError("coding asks for nothing")
 
     context = PassContext(activations=never, tool=never, feed_files=never, folder=folder)  # type: ignore[arg-type]
-    return Code().apply(files, {}, context)
+    return Code().apply(files, {"coding": coding}, context)
 
 
 def test_the_pass_keeps_the_model_and_puts_its_code_beside_it(tmp_path: Path) -> None:
@@ -127,6 +225,17 @@ def test_the_pass_keeps_the_model_and_puts_its_code_beside_it(tmp_path: Path) ->
     coded = after["coded-model"].read_bytes()
     assert len(coded) < len(after["model"].read_bytes())
     assert expand_file(coded, "m", max_bytes=10_000) == after["model"].read_bytes()
+
+
+def test_the_pass_stores_by_zstd_where_it_is_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    after = code({"model": save_model(tmp_path / "model.onnx")}, tmp_path / "out", coding="zstd")
+    stored = after["coded-model"]
+    assert stored.name == "model.onnx.zst"
+    assert zstandard.ZstdDecompressor().decompress(stored.read_bytes()) == after["model"].read_bytes()
+    assert expand_file(stored.read_bytes(), "m", max_bytes=10_000) == after["model"].read_bytes()
+    with pytest.raises(VerificationError, match="zstd cannot expand it"):
+        expand_file(stored.read_bytes()[:-1], "m", max_bytes=10_000)
 
 
 def test_what_coding_does_not_make_smaller_is_left_alone(tmp_path: Path) -> None:

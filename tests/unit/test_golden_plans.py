@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgepack.build.planner import PlanFacts, make_plan
+from edgepack.build.techniques import techniques
 from edgepack.errors import UnsupportedError
 from edgepack.runtimes.recipes import proposals
 from edgepack.spec.load import check
@@ -36,7 +37,7 @@ FACTS = PlanFacts(
     model="m" * 64,
     calibration="c" * 64,
     evaluation="e" * 64,
-    libraries={"onnx": "1", "onnxslim": "1", "numpy": "1"},
+    libraries={"onnx": "1", "onnxslim": "1", "numpy": "1", "zstandard": "1"},
     toolchains={"nncf": "t" * 64, "onnx2tf": "o" * 64, "litert-quantizer": "q" * 64, "openvino-npu": "n" * 64},
     runtime_version="1",
     runtime_wheels="w" * 64,
@@ -67,14 +68,21 @@ def why_not(name: str) -> str:
 
 
 def document(name: str) -> dict[str, Json]:
-    """Every plan that a search may make for the target, and the order in which each objective tries them."""
+    """Every plan that a search may make for the target, the order in which each objective tries them, and what
+    `compare-techniques` shows alone."""
     if not plans_of(name):
         return plan_of(name)
     orders: dict[str, Json] = {
         objective: [plan["candidate"] for plan in plans_of(name, objective=objective)] for objective in OBJECTIVES
     }
     plans = {str(plan["candidate"]): plan for o in OBJECTIVES for plan in plans_of(name, objective=o)}
-    return {"orders": orders, "plans": {**plans}}
+    target = load_target(name)
+    alone = {
+        recipe.name: make_plan(PROJECT, target, target.os_named(), recipe, FACTS).to_json()
+        for recipe, combined in techniques(target)
+        if not combined
+    }
+    return {"orders": orders, "plans": {**plans}, "techniques": {**alone}}
 
 
 @pytest.mark.parametrize("name", NAMES)
