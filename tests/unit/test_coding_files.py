@@ -175,7 +175,7 @@ def test_the_decoder_runs_alone_on_an_old_python() -> None:
     imported = {
         alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
     } | {str(node.module).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"__future__", "hashlib", "lzma", "numpy", "typing", "zlib"}
+    assert imported <= {"__future__", "ctypes", "hashlib", "lzma", "numpy", "typing", "zlib"}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert not [call for call in calls if any(keyword.arg == "strict" for keyword in call.keywords)]  # of zip: 3.10
 
