@@ -14,6 +14,7 @@ import zstandard
 
 from benchmarks.resources import Usage, watch
 from edgepack.build.execute import Workbench
+from edgepack.coding.files import ZSTD_LEVEL
 from edgepack.runtimes.converter import SCRIPT_OF, SCRIPTS
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS, OPENVINO_CPU
 from edgepack.store import Json, cache_folder
@@ -52,7 +53,8 @@ class Made:
     @property
     def zstd_bytes(self) -> int:
         """Of the files as a runtime loads them, by zstd -19."""
-        return sum(len(zstandard.ZstdCompressor(level=19).compress(path.read_bytes())) for path in self.files.values())
+        zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        return sum(len(zstd.compress(path.read_bytes())) for path in self.files.values())
 
 
 def onnxruntime_python() -> Path:

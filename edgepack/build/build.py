@@ -127,7 +127,7 @@ def build(opened: OpenProject, targets: Sequence[str], options: BuildOptions, be
 
     Raises InputError for what is wrong with the project, its model or its data, before any work.
     """
-    chosen = [only_in(target, opened.project.search.runtime) for target in chosen_targets(targets)]
+    chosen = chosen_targets(targets, opened.project.search.runtime)
     opened.check()
     _check_output(options.output)
     built: list[Built] = []
@@ -147,7 +147,7 @@ def plan_all(
     opened: OpenProject, targets: Sequence[str], options: BuildOptions, bench: Workbench
 ) -> tuple[list[BuildPlan], BuildReport]:
     """What `build` may try, and the report of the targets that it could not even plan. Raises as `build` does."""
-    chosen = [only_in(target, opened.project.search.runtime) for target in chosen_targets(targets)]
+    chosen = chosen_targets(targets, opened.project.search.runtime)
     opened.check()
     plans: list[BuildPlan] = []
     failed: list[Failed] = []
@@ -160,8 +160,11 @@ def plan_all(
     return plans, BuildReport(built=(), failed=tuple(failed))
 
 
-def chosen_targets(names: Sequence[str]) -> list[Target]:
-    """The targets of these names, each once. Raises InputError, and UsageError where two would make one bundle."""
+def chosen_targets(names: Sequence[str], runtime: str | None) -> list[Target]:
+    """The targets of these names, each once, as if they took `runtime` alone where one is given.
+
+    Raises InputError, and UsageError where two would make one bundle, or one does not take that runtime.
+    """
     chosen: dict[str, Target] = {}
     for name in names:
         target = load_target(name)
@@ -170,13 +173,10 @@ def chosen_targets(names: Sequence[str]) -> list[Target]:
                 f"--target {name}: its name is '{target.name}', that of another target of this build, and so would its "
                 "bundle's be: give it a name of its own, or build one after the other"
             )
-    return list(chosen.values())
+    return [_only_in(target, runtime) for target in chosen.values()] if runtime else list(chosen.values())
 
 
-def only_in(target: Target, runtime: str | None) -> Target:
-    """The target as if it took that runtime alone. Raises UsageError where it does not take it."""
-    if runtime is None:
-        return target
+def _only_in(target: Target, runtime: str) -> Target:
     if runtime not in target.runtimes:
         raise UsageError(
             f"target {target.name} takes {', '.join(target.runtimes)}; the runtime '{runtime}' is none of them"

@@ -314,7 +314,7 @@ class Product:
         return target
 
     def _fill(self, fresh: str, release: Release, runtime: str, target: str) -> None:
-        folders = [fresh]
+        folders = {fresh}
         remove_tree(self.disk, fresh)
         self.disk.make_folder(fresh)
         for path in release.files:
@@ -325,13 +325,13 @@ class Product:
                 folder = os.path.join(fresh, *parts[:count])
                 if folder not in folders:
                     self.disk.make_folder(folder)
-                    folders.append(folder)
+                    folders.add(folder)
             self.disk.link(self.store.blob(release.files[path][0]), os.path.join(fresh, path))
         manifest = os.path.join(fresh, "manifest.json")
         self.disk.write(manifest, release.text)
         self.disk.sync_file(manifest)
         self.disk.symlink(os.path.relpath(runtime, target), os.path.join(fresh, "lib"))
-        for folder in folders:
+        for folder in sorted(folders):
             self.disk.sync_folder(folder)
 
     def _is_whole(self, folder: str, release: Release) -> bool:

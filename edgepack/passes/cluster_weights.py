@@ -2,7 +2,7 @@
 
 Han et al. 2016, "Deep Compression", section 3, for weights that share the values of a codebook; Kim et al. 2023,
 "SqueezeLLM", section 4.1, for clusters in which each weight counts by what its error costs; van Baalen et al. 2024,
-"GPTVQ", section 3, for making good in later columns what earlier ones lost (column_sweep.py). The codebook is not
+"GPTVQ", section 3, for making good in later columns what earlier ones lost (gptq_core.py). The codebook is not
 trained, as DKM (Cho et al. 2022) does: edgepack has no labels to train on.
 
 The values are integers of 8 bits times a channel's scale, so the layer runs as int8, and nothing looks them up. In one
@@ -23,15 +23,6 @@ from numpy.typing import NDArray
 from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.load import serialise
 from edgepack.passes.canonicalise import refuse_quantised
-from edgepack.passes.column_sweep import (
-    DAMPING,
-    SWEEPING,
-    Settle,
-    layer_target,
-    own_order,
-    replace_weight,
-    settle_columns,
-)
 from edgepack.passes.contract import (
     PassContext,
     PassDefect,
@@ -40,11 +31,11 @@ from edgepack.passes.contract import (
     require_static_inputs,
     same_interface,
 )
-from edgepack.passes.gptq_core import Feedback, Rounded, factor, full_scales
-from edgepack.passes.gptq_sweep import weighted_nodes
-from edgepack.passes.integers import FILE_NAME, IntegerWeight, dump_integers
+from edgepack.passes.gptq_core import Feedback, Rounded, Settle, factor, full_scales, own_order, settle_columns
+from edgepack.passes.gptq_sweep import DAMPING, integer_weight, layer_target, weighted_nodes
+from edgepack.passes.integers import FILE_NAME, IntegerWeight, dump_integers, ensure_held
 from edgepack.passes.layer_rows import Matrix
-from edgepack.passes.layer_sweep import LayerSweep, sweep_settings
+from edgepack.passes.layer_sweep import SWEEPING, LayerSweep, sweep_settings
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -85,14 +76,8 @@ class ClusterWeights:
                 continue
             target = layer_target(sweep.weight(name), moments)
             found = cluster_layer(target, factor(moments.second, damping=DAMPING), clusters, 2 ** (bits - 1) - 1)
-            layer = sweep.layers[name]
-            weights[name] = IntegerWeight(
-                integers=layer.weight(found.integers).astype(np.int8),
-                scales=found.scales.reshape(-1),
-                axis=layer.axis,
-                bits=bits,
-            )
-            replace_weight(sweep, name, layer.matrix(weights[name].values), moments)
+            weights[name] = integer_weight(sweep.layers[name], found, bits)
+            sweep.replace(name, found.values, moments)
         if not weights:
             raise UnsupportedError("model: has no layer with weights whose inputs are known; nothing can be clustered")
         self._ensure(before, sweep.current, weights, clusters)
@@ -109,8 +94,8 @@ class ClusterWeights:
         clusters: int,
     ) -> None:
         same_interface(before, after, self.name)
+        ensure_held(after, weights, self.name)
         for name, weight in weights.items():
-            weight.check(f"{self.name}: '{name}'")
             found = len(np.unique(weight.integers))
             if found > clusters:
                 raise PassDefect(f"{self.name}: '{name}' has {found} different integers; at most {clusters} were to be")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepack.passes.gptq_core import BLOCK, Feedback, Rounded, full_scales
+from edgepack.passes.gptq_core import Feedback, Rounded, Settle, full_scales, settle_columns
 from edgepack.passes.layer_rows import Matrix
 
 SWEEPS = 3  # the histogram of one sweep is the code of the next; a fourth changed less than 0.1 % of the bytes
@@ -82,26 +82,12 @@ def _settle(target: Matrix, steps: Matrix, feedback: Feedback, top: int, bits_pe
 
 def _sweep(target: Matrix, steps: Matrix, feedback: Feedback, price: Matrix) -> NDArray[np.int8]:
     """One sweep over the columns; `price` is each value's code length as an error, from -top to top."""
-    groups, outputs, columns = target.shape
-    ordered = np.take_along_axis(target, feedback.order[:, None, :], axis=2)
-    step, upper = steps, feedback.upper
-    lost = np.zeros((groups, outputs, columns))
-    rounded = np.zeros((groups, outputs, columns), np.int8)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        wanted = ordered[:, :, start:stop].copy()
-        if upper is not None:
-            wanted += lost[:, :, :start] @ upper[:, :start, start:stop]
-        for column in range(start, stop):
-            value = wanted[:, :, column - start]
-            if upper is not None and column > start:
-                value = value + (lost[:, :, start:column] @ upper[:, start:column, column, None])[:, :, 0]
-            q = _cheapest(value / step, feedback.weights[:, column, None] * step**2, price)
-            rounded[:, :, column] = q
-            lost[:, :, column] = ordered[:, :, column] - q * step
-    out = np.empty_like(rounded)
-    np.put_along_axis(out, np.broadcast_to(feedback.order[:, None, :], out.shape), rounded, axis=2)
-    return out
+
+    def rule(block: slice, _: Matrix) -> Settle:
+        costs = feedback.weights[:, block]
+        return lambda column, value: _cheapest(value / steps, costs[:, column, None] * steps**2, price) * steps
+
+    return np.rint(settle_columns(target, feedback, rule) / steps[:, :, None]).astype(np.int8)
 
 
 def _cheapest(value: Matrix, cost: Matrix, price: Matrix) -> NDArray[np.int64]:

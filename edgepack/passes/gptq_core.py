@@ -11,6 +11,7 @@ and the layer's error is sum_j D_j r_j^2 for the rounding errors r. It needs no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,27 +135,43 @@ def round_at(weights: Matrix, scales: NDArray[np.float32], top: int) -> Rounded:
 
 def round_columns(target: Matrix, scales: NDArray[np.float32], feedback: Feedback, top: int) -> NDArray[np.int8]:
     """Round column by column, later columns making good what earlier ones lost."""
-    if feedback.upper is None:
-        return _nearest(target, scales.astype(np.float64)[:, :, None], top).astype(np.int8)
-    groups, outputs, columns = target.shape
-    ordered = np.take_along_axis(target, feedback.order[:, None, :], axis=2)
     step = scales.astype(np.float64)
-    upper = feedback.upper
-    lost = np.zeros((groups, outputs, columns))
-    rounded = np.zeros((groups, outputs, columns), np.int8)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        wanted = ordered[:, :, start:stop] + lost[:, :, :start] @ upper[:, :start, start:stop]
-        for column in range(start, stop):
-            here = slice(start, column)
+    if feedback.upper is None:
+        return _nearest(target, step[:, :, None], top).astype(np.int8)
+    values = settle_columns(target, feedback, lambda block, _: lambda column, value: _nearest(value, step, top) * step)
+    return np.rint(values / step[:, :, None]).astype(np.int8)
+
+
+Settle = Callable[[int, Matrix], Matrix]
+"""From a column's place in its block and the values wanted of it, [groups, outputs], to those that it gets."""
+Rule = Callable[[slice, Matrix], Settle]
+"""Asked once a block, with its columns in the order of the feedback and what is wanted of them."""
+
+
+def settle_columns(target: Matrix, feedback: Feedback, rule: Rule) -> Matrix:
+    """New weights column by column, later columns making good what earlier ones lost; in the layer's own order."""
+    ordered = np.take_along_axis(target, feedback.order[:, None, :], axis=2)
+    lost, upper = np.zeros_like(ordered), feedback.upper
+    for start in range(0, ordered.shape[2], BLOCK):
+        block = slice(start, min(start + BLOCK, ordered.shape[2]))
+        wanted = ordered[:, :, block].copy()
+        if upper is not None:
+            wanted += lost[:, :, :start] @ upper[:, :start, block]
+        settle = rule(block, wanted)
+        for column in range(start, block.stop):
             value = wanted[:, :, column - start]
-            if column > start:
-                value = value + (lost[:, :, here] @ upper[:, here, column, None])[:, :, 0]
-            q = _nearest(value, step, top)
-            rounded[:, :, column] = q
-            lost[:, :, column] = ordered[:, :, column] - q * step
-    out = np.empty_like(rounded)
-    np.put_along_axis(out, np.broadcast_to(feedback.order[:, None, :], out.shape), rounded, axis=2)
+            if upper is not None and column > start:
+                value = value + (lost[:, :, start:column] @ upper[:, start:column, column, None])[:, :, 0]
+            settled = settle(column - start, value)
+            lost[:, :, column] = ordered[:, :, column] - settled
+            ordered[:, :, column] = settled  # read by nothing that comes later
+    return own_order(ordered, feedback)
+
+
+def own_order(ordered: Matrix, feedback: Feedback) -> Matrix:
+    """Columns that lie in the order of the feedback, put back into the layer's."""
+    out = np.empty_like(ordered)
+    np.put_along_axis(out, np.broadcast_to(feedback.order[:, None, :], ordered.shape), ordered, axis=2)
     return out
 
 
@@ -165,10 +182,7 @@ def search_scales(target: Matrix, feedback: Feedback, top: int) -> NDArray[np.fl
     stands for GPTQ's own loss without running it for each candidate.
     """
     widest = full_scales(target, top)
-    cost_of = np.empty_like(target)
-    np.put_along_axis(
-        cost_of, np.broadcast_to(feedback.order[:, None, :], target.shape), feedback.weights[:, None, :], axis=2
-    )
+    cost_of = own_order(np.broadcast_to(feedback.weights[:, None, :], target.shape), feedback)
     best = widest
     least = np.full(widest.shape, np.inf)
     for share in np.geomspace(1.0, NARROWEST, GRID):

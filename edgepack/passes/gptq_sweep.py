@@ -18,13 +18,14 @@ from edgepack.passes.gptq_core import (
     round_plainly,
 )
 from edgepack.passes.integers import IntegerWeight
-from edgepack.passes.layer_rows import Matrix
+from edgepack.passes.layer_rows import LayerMatrix, Matrix
 from edgepack.passes.layer_sweep import LayerSweep, SweepSettings
 from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.passes.row_moments import Moments
 from edgepack.store import Json
 
 PREFIX = "ep:gptq."
+DAMPING = 0.01  # of the mean second moment (Frantar et al. 2022, section 3.3)
 RIDGE = 0.01  # of the mean second moment, as for GPTQ's own damping
 NOISE_RIDGE = 20.0
 """Ridge a unit of shrinkage, up to 1 in all.
@@ -48,7 +49,7 @@ class GptqParams:
     """Of the calibration data; None takes all."""
     max_columns: int = 9216
     """A layer with more inputs a channel has no full matrix: rounded to nearest at the best scale."""
-    damping: float = 0.01
+    damping: float = DAMPING
     asymmetric: bool = True
     bit_price: float | None = None
     """Relative squared error at the outputs that one bit of code less a weight, over all weights, is worth.
@@ -113,6 +114,24 @@ def quantise_weights(
     return GptqSweep(model, params, activations, remember).run()
 
 
+def layer_target(weight: Matrix, moments: Moments) -> Matrix:
+    """What the layer should be on the inputs that it gets now, to give what the float model gave (GPTAQ, ADR 11)."""
+    if moments.cross is None or not moments.cross.any():
+        return weight
+    ridge = np.minimum(RIDGE + NOISE_RIDGE * moments.shrinkage, 1.0)
+    return corrected_target(weight, moments.second, moments.cross, ridge=ridge)
+
+
+def integer_weight(layer: LayerMatrix, rounded: Rounded, bits: int) -> IntegerWeight:
+    """As the node has it."""
+    return IntegerWeight(
+        integers=layer.weight(rounded.integers).astype(np.int8, copy=False),
+        scales=rounded.scales.reshape(-1),
+        axis=layer.axis,
+        bits=bits,
+    )
+
+
 class GptqSweep:
     """One pass over the graph, and the integers so far."""
 
@@ -142,28 +161,14 @@ class GptqSweep:
 
     def _quantise(self, name: str, moments: Moments | None) -> IntegerWeight:
         sweep, bits = self.sweep, self.params.bits_of(name)
-        layer = sweep.layers[name]
         assert bits is not None
         weight = sweep.weight(name)
         rounded = round_plainly(weight, bits) if moments is None else self._round(name, weight, moments, bits)
-        stored = IntegerWeight(
-            integers=layer.weight(rounded.integers).astype(np.int8, copy=False),
-            scales=rounded.scales.reshape(-1),
-            axis=layer.axis,
-            bits=bits,
-        )
-        sweep.put(sweep.current, name, stored.values)
-        if moments is not None and sweep.nodes[name].op_type != "MatMul":
-            wanted = np.einsum("goc,gc->go", weight, moments.mean + moments.mean_gap)
-            found = np.einsum("goc,gc->go", rounded.values.astype(np.float64), moments.mean)
-            sweep.correct_bias(sweep.current, name, (wanted - found).reshape(-1))
-        return stored
+        sweep.replace(name, rounded.values, moments)
+        return integer_weight(sweep.layers[name], rounded, bits)
 
     def _round(self, name: str, weight: Matrix, moments: Moments, bits: int) -> Rounded:
-        target = weight
-        if self.params.asymmetric and moments.cross is not None and moments.cross.any():
-            ridge = np.minimum(RIDGE + NOISE_RIDGE * moments.shrinkage, 1.0)
-            target = corrected_target(weight, moments.second, moments.cross, ridge=ridge)
+        target = layer_target(weight, moments) if self.params.asymmetric else weight
         if self.params.bit_price is None:
             return round_layer(target, factor(moments.second, damping=self.params.damping), bits)
         sensitivity = self.sensitivities[name]

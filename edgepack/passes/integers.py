@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from edgepack.graph.index import GraphIndex
 from edgepack.graph.npz import npz_bytes
 from edgepack.passes.contract import PassDefect
 
@@ -61,6 +63,16 @@ class IntegerWeight:
             raise PassDefect(f"{where}: an integer of {largest}; {self.bits} bits reach {self.top}")
         if not (np.isfinite(self.scales).all() and (self.scales > 0).all()):
             raise PassDefect(f"{where}: a scale is not a finite number above 0")
+
+
+def ensure_held(model: onnx.ModelProto, weights: Mapping[str, IntegerWeight], who: str) -> None:
+    """Raises PassDefect unless each is what it says, and the model has exactly its integers times their scales."""
+    index = GraphIndex(model.graph)
+    for node in model.graph.node:
+        if node.name in weights:
+            weights[node.name].check(f"{who}: '{node.name}'")
+            if not np.array_equal(np.asarray(index.constant(node.input[1])), weights[node.name].values):
+                raise PassDefect(f"{who}: the model's '{node.name}' is not its integers times their scales")
 
 
 def dump_integers(weights: Mapping[str, IntegerWeight]) -> bytes:

@@ -63,6 +63,11 @@ NARROWING: dict[str, Json] = {
 """Params of the passes that take arithmetic out of layers, by default. `macs_share`: what is left of it, 1 changes
 nothing; `multiple`: of every changed width or rank."""
 
+SWEEPING: Mapping[str, Json] = {
+    name: value for name, value in NARROWING.items() if name not in ("macs_share", "multiple")
+}
+"""Params of a sweep alone, by default."""
+
 
 def read_narrowing(who: str, params: Mapping[str, Json]) -> tuple[float, int]:
     """(macs_share, multiple). Raises InputError where they make no sense."""
@@ -125,7 +130,9 @@ class LayerSweep:
         """Of each layer: error at the outputs a unit of the layer's own; None where it could not be measured, or coarse
         rounding loses nothing of the layer. They follow from the float model alone, and few samples say enough.
         """
-        settings = replace(self.settings, stages=1, samples=self._sensitivity_samples())
+        most = self.settings.sensitivity_samples
+        count = min(most, self.settings.samples or most)
+        settings = replace(self.settings, stages=1, samples=count)
         key: dict[str, Json] = {
             "what": "sensitivities",
             "version": 1,
@@ -136,7 +143,7 @@ class LayerSweep:
 
         def measure() -> Json:
             sweep = LayerSweep(self.float_model, self.nodes, settings, self.activations)
-            error = OutputError(self.float_model, self.activations, settings.samples or 0)
+            error = OutputError(self.float_model, self.activations, count)
             return {
                 name: None if moments is None else sweep._sensitivity(name, moments, error)
                 for name, moments in sweep.walk()
@@ -145,10 +152,6 @@ class LayerSweep:
         found = remember(key, measure)
         assert isinstance(found, dict)
         return {name: None if value is None else float(str(value)) for name, value in found.items()}
-
-    def _sensitivity_samples(self) -> int:
-        given = self.settings.samples
-        return min(self.settings.sensitivity_samples, given or self.settings.sensitivity_samples)
 
     def _sensitivity(self, name: str, moments: Moments, error: OutputError) -> float | None:
         weight, feedback = self.weight(name), factor(moments.second, damping=self.settings.damping)
@@ -165,6 +168,18 @@ class LayerSweep:
             self.correct_bias(probed, name, shift.reshape(-1))
         found = max(error(probed), float(np.finfo(np.float32).tiny)) / own
         return found if np.isfinite(found) else None  # a detector may find another number of things
+
+    def replace(self, name: str, values: NDArray[np.floating], moments: Moments | None) -> None:
+        """Give a layer of `current` other weights, and a bias that keeps the mean of its outputs where that is known.
+
+        `values`: [groups, outputs, columns]; they are stored as float32.
+        """
+        stored = values.astype(np.float32, copy=False)
+        self.put(self.current, name, self.layers[name].weight(stored))
+        if moments is not None and self.nodes[name].op_type != "MatMul":
+            wanted = np.einsum("goc,gc->go", self.weight(name), moments.mean + moments.mean_gap)
+            found = np.einsum("goc,gc->go", stored.astype(np.float64), moments.mean)
+            self.correct_bias(self.current, name, (wanted - found).reshape(-1))
 
     def put(self, model: onnx.ModelProto, name: str, weight: NDArray[np.generic]) -> None:
         """Give a node of `model` another weight."""

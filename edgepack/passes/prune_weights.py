@@ -23,20 +23,11 @@ from edgepack.errors import InputError, UnsupportedError
 from edgepack.graph.index import GraphIndex
 from edgepack.graph.load import serialise
 from edgepack.passes.canonicalise import refuse_quantised
-from edgepack.passes.column_sweep import (
-    DAMPING,
-    SWEEPING,
-    Settle,
-    layer_target,
-    own_order,
-    replace_weight,
-    settle_columns,
-)
 from edgepack.passes.contract import PassContext, PassDefect, Remember, read_onnx, require_static_inputs, same_interface
-from edgepack.passes.gptq_core import Feedback, factor
-from edgepack.passes.gptq_sweep import weighted_nodes
+from edgepack.passes.gptq_core import Feedback, Settle, factor, own_order, settle_columns
+from edgepack.passes.gptq_sweep import DAMPING, layer_target, weighted_nodes
 from edgepack.passes.layer_rows import Matrix
-from edgepack.passes.layer_sweep import LayerSweep, sweep_settings
+from edgepack.passes.layer_sweep import SWEEPING, LayerSweep, sweep_settings
 from edgepack.spec.project import Project
 from edgepack.spec.target import Target
 from edgepack.store import Json
@@ -91,7 +82,7 @@ class PruneWeights:
             if name in cheap and moments is not None:
                 target = layer_target(sweep.weight(name), moments)
                 values = prune_layer(target, factor(moments.second, damping=DAMPING), cheap[name])
-                replace_weight(sweep, name, values, moments)
+                sweep.replace(name, values, moments)
         same_interface(before, sweep.current, self.name)
         self._ensure(sweep.current, cheap)
         return sweep.current
