@@ -21,7 +21,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,6 +175,14 @@ class Store:
         if not all(_is_plain(name) and _is_digest(digest) for name, digest in record.files.items()):
             return None  # damaged: a path in a digest's place could lead anywhere
         return record if all(self._sound(digest) for digest in record.files.values()) else None
+
+    def remember(self, key: str, make: Callable[[], Mapping[str, Json]], *, anew: bool = False) -> Mapping[str, Json]:
+        """The facts under this key: those that are there, unless `anew`, else those that `make` gives, and kept."""
+        known = None if anew else self.recall(key)
+        if known is None:
+            known = StepRecord(files={}, facts=dict(make()))
+            self.record(key, known)
+        return known.facts
 
     def materialise(self, record: StepRecord, folder: Path) -> dict[str, Path]:
         """Copy a step's files into `folder` under their names; gives the paths."""

@@ -23,7 +23,7 @@ from edgepack.runtimes.operators import tables_digest
 from edgepack.runtimes.recipes import runtime_of
 from edgepack.spec.target import System, Target
 from edgepack.spec.tensor import TensorSpec
-from edgepack.store import StepRecord, digest_json
+from edgepack.store import Json, digest_json
 
 MIB = 1 << 20
 CHECK_VERSION = 1
@@ -233,18 +233,14 @@ def ensure_takes(opened: OpenProject, target: Target, system: System, *, as_is: 
             "as_is": as_is,
         }
     )
-    record = opened.store.recall(key)
-    if record is None:
-        report = check_model(
-            read_model(opened.onnx_path).model,
-            target,
-            dimensions=opened.project.dimensions,
-            system=system,
-            as_is=as_is,
-        )
-        record = StepRecord(files={}, facts={"problems": list(report.problems)})
-        opened.store.record(key, record)
-    problems = record.facts["problems"]
+
+    def look() -> dict[str, Json]:
+        model = read_model(opened.onnx_path).model
+        dimensions = opened.project.dimensions
+        report = check_model(model, target, dimensions=dimensions, system=system, as_is=as_is)
+        return {"problems": list(report.problems)}
+
+    problems = opened.store.remember(key, look)["problems"]
     assert isinstance(problems, list)
     if problems:
         raise UnsupportedError("\n".join(f"{target.name}: {problem}" for problem in problems))

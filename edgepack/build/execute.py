@@ -192,11 +192,7 @@ def _source(opened: OpenProject, folder: Path, bench: Workbench, reference: Refe
 
 def _remembered(step: Step, store: Store, key: Mapping[str, Json], make: Callable[[], Json]) -> Json:
     name = digest_json({"key": {**key}, "tools": {**step.tools}, "calibration": step.calibration})
-    known = store.recall(name)
-    if known is None:
-        known = StepRecord(files={}, facts={"value": make()})
-        store.record(name, known)
-    return known.facts["value"]
+    return store.remember(name, lambda: {"value": make()})["value"]
 
 
 class Reference:

@@ -16,7 +16,7 @@ from edgepack.judge.metric import MetricInstance
 from edgepack.judge.metrics import make_metric
 from edgepack.spec.project import Data, Project, load_project
 from edgepack.spec.tensor import TensorSpec
-from edgepack.store import Json, StepRecord, Store, digest_file, digest_json
+from edgepack.store import Json, Store, digest_file, digest_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +81,7 @@ class OpenProject:
     def interface(self) -> Interface:
         """Raises InputError for whatever is wrong with the model. One that was checked once is not checked again."""
         key = digest_json({"interface": 1, "model": self.model_digest, "dimensions": {**self.project.dimensions}})
-        record = self.store.recall(key)
-        if record is None:
-            record = StepRecord(files={}, facts=self._look())
-            self.store.record(key, record)
-        facts = record.facts
+        facts = self.store.remember(key, self._look)
         return Interface(
             inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), source_bytes=int(str(facts["bytes"]))
         )

@@ -152,14 +152,14 @@ class Judge:
                 "arena": self.arena.key,
             }
         )
+
+        def measure() -> dict[str, Json]:
+            self.bench.say(f"{made.plan.target.name}: timing {made.plan.recipe.name} against fp32")
+            return _FACTS.validate_json(_SPEED.dump_json(self.arena.speed(baseline, made, inputs)))
+
         with exclusive(self.bench.store.folder / "lock-speed"):
-            known = None if self.fresh else self.bench.store.recall(key)
-            if known is None:
-                self.bench.say(f"{made.plan.target.name}: timing {made.plan.recipe.name} against fp32")
-                measured = self.arena.speed(baseline, made, inputs)
-                known = StepRecord(files={}, facts=_FACTS.validate_json(_SPEED.dump_json(measured)))
-                self.bench.store.record(key, known)
-        return _SPEED.validate_json(canonical_json(known.facts), strict=True)
+            found = self.bench.store.remember(key, measure, anew=self.fresh)
+        return _SPEED.validate_json(canonical_json(dict(found)), strict=True)
 
     def kernels(self, made: Made) -> dict[str, Json] | None:
         """What runs the candidate where it was judged, and every operator that is not computed as planned.
@@ -187,11 +187,7 @@ class Judge:
                 "data": data.digest,
             }
         )
-        known = None if self.fresh else self.bench.store.recall(key)
-        if known is None:
-            known = StepRecord(files={}, facts=measure())
-            self.bench.store.record(key, known)
-        return known.facts
+        return dict(self.bench.store.remember(key, measure, anew=self.fresh))
 
     def _compare(
         self,

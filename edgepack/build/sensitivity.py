@@ -31,7 +31,7 @@ from edgepack.passes.observe import load_ranges
 from edgepack.passes.qdq_plan import WEIGHTED, plan_qdq
 from edgepack.passes.quantise_static import quantise
 from edgepack.runtimes.recipes import ONNXRUNTIME_OPTIONS
-from edgepack.store import Json, StepRecord, digest_json, storage_errors
+from edgepack.store import Json, digest_json, storage_errors
 
 SAMPLES = 32
 """Of the calibration data. A layer's gain is a ratio of energies over all output values of all of them."""
@@ -114,11 +114,8 @@ class _Probes:
     def sqnr_db(self, key: dict[str, Json], build: Callable[[], onnx.ModelProto]) -> float:
         """Of the judged output, over all samples."""
         name = digest_json({**key, "calibration": self.opened.calibration.digest, "output": self.opened.metric.output})
-        known = self.bench.store.recall(name)
-        if known is None:
-            known = StepRecord(files={}, facts={"sqnr_db": self._measure(build())})
-            self.bench.store.record(name, known)
-        return float(str(known.facts["sqnr_db"]))
+        found = self.bench.store.remember(name, lambda: {"sqnr_db": self._measure(build())})
+        return float(str(found["sqnr_db"]))
 
     def _measure(self, probe: onnx.ModelProto) -> float:
         self.count += 1
