@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from edgepack.bundle.bundle import Bundle, open_bundle
-from edgepack.errors import DeviceError
 from edgepack.spec.shipped import shipped_folder
-from edgepack.transports import emulation, emulation_host
+from edgepack.transports import emulation
 from tests.support.cli import Done, clean_cache, edgepack, example
+from tests.support.sshd import require_emulation
 
 pytestmark = pytest.mark.full
 
@@ -62,12 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def device() -> Iterator[dict[str, str]]:
     """Addresses by kind; `native` is this machine's processor behind a real sshd."""
-    try:
-        emulation_host.require_machine()
-    except DeviceError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"emulated devices have to work here: {error}")
-        pytest.skip(str(error))
+    require_emulation()
     kinds = ("rpi4", "native")
     try:
         for kind in kinds:

@@ -16,6 +16,7 @@ import pytest
 from edgepack.errors import DeviceError
 from edgepack.transports import emulation, emulation_host, emulation_state
 from edgepack.transports.emulation import EmulatedDevice
+from tests.support.sshd import require_emulation
 
 pytestmark = pytest.mark.full
 
@@ -26,12 +27,7 @@ PREFIX = f"t{os.getpid()}-"
 
 @pytest.fixture(autouse=True, scope="module")
 def _machine() -> None:
-    try:
-        emulation_host.require_machine()
-    except DeviceError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"emulated devices have to work here: {error}")
-        pytest.skip(str(error))
+    require_emulation()
 
 
 @pytest.fixture(scope="module")

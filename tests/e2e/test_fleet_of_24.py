@@ -14,13 +14,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.bundle.bundle import Bundle
-from edgepack.errors import DeviceError
 from edgepack.runtimes.wheels import fetch
 from edgepack.spec.toolchain import load_toolchain
 from edgepack.store import cache_folder
-from edgepack.transports import emulation, emulation_host
+from edgepack.transports import emulation
 from tests.support.fleet import Bench, Json, Place, servers
 from tests.support.runtime import HIDDEN, WIDTH, expected, feeds, make_bundle, weights
+from tests.support.sshd import require_emulation
 
 pytestmark = pytest.mark.full
 NATIVE, EMULATED = 18, 6
@@ -30,12 +30,7 @@ SLOW_WIDTH = 1500
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    try:
-        emulation_host.require_machine()
-    except DeviceError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"emulated devices have to work here: {error}")
-        pytest.skip(str(error))
+    require_emulation()
     monkeypatch.chdir(tmp_path)
     prefix = f"t{os.getpid()}-fleet"
     with servers(tmp_path, NATIVE, monkeypatch) as found:

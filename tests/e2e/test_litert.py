@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from edgepack.bundle.bundle import open_bundle
-from edgepack.errors import DeviceError, UnsupportedError
+from edgepack.errors import UnsupportedError
 from edgepack.runtimes.environment import host_python
 from edgepack.spec.toolchain import load_toolchain
-from edgepack.transports import emulation, emulation_host
+from edgepack.transports import emulation
 from edgepack.transports.emulation import EmulatedDevice
 from tests.support.cli import clean_cache, edgepack, example
+from tests.support.sshd import require_emulation
 
 pytestmark = pytest.mark.full
 
@@ -109,12 +110,7 @@ def test_inspect_tells_what_the_system_has_to_bring(project: Path, cache: Path) 
 
 
 def up(target: str) -> Iterator[EmulatedDevice]:
-    try:
-        emulation_host.require_machine()
-    except DeviceError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"emulated devices have to work here: {error}")
-        pytest.skip(str(error))
+    require_emulation()
     device = emulation.up(target, name=f"{NAME}-{target}", os="debian-12", say=print)
     try:
         yield device

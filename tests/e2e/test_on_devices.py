@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from edgepack.errors import DeviceError
-from edgepack.transports import emulation, emulation_host
+from edgepack.transports import emulation
+from tests.support.sshd import require_emulation
 
 pytestmark = pytest.mark.full
 
@@ -38,12 +38,7 @@ def document(*arguments: str, cwd: Path) -> Any:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example with its bundles for a Pi 4 and for any x86 with AVX2."""
-    try:
-        emulation_host.require_machine()
-    except DeviceError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"emulated devices have to work here: {error}")
-        pytest.skip(str(error))
+    require_emulation()
     folder = tmp_path_factory.mktemp("example") / "fashion-mnist"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("dist", "*.lock"))
     built = document(

@@ -25,6 +25,8 @@ from typing import NoReturn
 
 import pytest
 
+from edgepack.errors import DeviceError
+from edgepack.transports import emulation_host
 from edgepack.transports.ssh import SshTransport
 from edgepack.transports.ssh_config import SshFiles
 from edgepack.transports.ssh_connection import Timeouts
@@ -301,6 +303,14 @@ def give_up(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def require_emulation() -> None:
+    """Gives up where this machine cannot run emulated devices."""
+    try:
+        emulation_host.require_machine()
+    except DeviceError as error:
+        give_up(f"emulated devices have to work here: {error}")
 
 
 def _children(pid: int) -> list[int]:
