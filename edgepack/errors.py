@@ -75,3 +75,11 @@ class ToolchainError(EdgepackError):
 class DefectError(EdgepackError):
     exit_code = 70
     kind = "defect"
+
+
+def lines_of(error: BaseException) -> list[str]:
+    """What an exception of a library says, a line or more: its type where it says nothing.
+
+    On Python 3.11.2 (Debian 12) onnx's has no message where that is not UTF-8.
+    """
+    return str(error).splitlines() or [type(error).__name__]

@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from edgepack.errors import InputError
+from edgepack.errors import InputError, lines_of
 from edgepack.graph.index import bodies
 from edgepack.store import digest_bytes, digest_file, digest_json
 
@@ -212,7 +212,7 @@ def _check_structure(path: Path, model: onnx.ModelProto) -> None:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         # A ValueError: onnx's own message, or a name in the file, is not UTF-8.
-        raise InputError(f"{path}: not a valid ONNX model: {str(error).splitlines()[0]}; export it again") from error
+        raise InputError(f"{path}: not a valid ONNX model: {lines_of(error)[0]}; export it again") from error
 
 
 def _check_finite(path: Path, model: onnx.ModelProto) -> None:

@@ -11,7 +11,7 @@ import onnx.inliner
 import onnxslim
 from onnx import version_converter
 
-from edgepack.errors import InputError, UnsupportedError
+from edgepack.errors import InputError, UnsupportedError, lines_of
 from edgepack.graph.index import operators
 from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
@@ -82,7 +82,7 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
     except (version_converter.ConvertError, RuntimeError, ValueError, IndexError) as error:
         raise InputError(
             f"model: opset {opset_of(model)} cannot be upgraded to {UPGRADE_TO}, which int8 per channel needs: "
-            f"{str(error).splitlines()[0]}; export the model with opset {PER_CHANNEL_OPSET} or newer"
+            f"{lines_of(error)[0]}; export the model with opset {PER_CHANNEL_OPSET} or newer"
         ) from error
 
 

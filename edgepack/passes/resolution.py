@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgepack.errors import InputError, UnsupportedError
+from edgepack.errors import InputError, UnsupportedError, lines_of
 from edgepack.graph.index import names
 from edgepack.graph.inference import infer_shapes
 from edgepack.graph.load import serialise
@@ -88,7 +88,7 @@ def resized(model: onnx.ModelProto, share: float) -> onnx.ModelProto:
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise UnsupportedError(
             f"resolution: the model is not fully convolutional: at {share:g} of its input's sides its shapes do not "
-            f"fit together ({str(error).splitlines()[-1].strip()})"
+            f"fit together ({lines_of(error)[-1].strip()})"
         ) from error
     for old, new in zip(outputs(model), outputs(found), strict=True):
         if old.shape != new.shape:

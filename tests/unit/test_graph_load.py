@@ -303,3 +303,14 @@ def test_a_mask_of_minus_infinity_is_a_constant_like_any_other(tmp_path: Path) -
     mask = np.array([0, -np.inf], np.float32)
     path = saved(tmp_path, graphs.model([node], [graphs.value("x", 2)], [graphs.value("y", 2)], {"mask": mask}))
     assert read_model(path).bytes == path.stat().st_size
+
+
+def test_a_checker_that_says_nothing_is_told_by_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise onnx.checker.ValidationError
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(serialise(graphs.reading_if()))
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(InputError, match="not a valid ONNX model: ValidationError; export it again"):
+        read_model(path)
